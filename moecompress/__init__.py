@@ -1,0 +1,1 @@
+"""moecompress: post-training compression of Mixture-of-Experts language models (quantize, prune, merge)."""

@@ -1,0 +1,209 @@
+"""The shared vocabulary: what a weight, a quantized weight, a layer, a token set and a model's facts are.
+
+Letters used everywhere: E experts, K experts per token, H hidden size, I expert width, T tokens, N sequences,
+G groups per row, b bits. All classes here are frozen; functions return new values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+BITS = (1, 2, 3, 4, 8)  # code widths a weight can have; 16 = kept in the source dtype
+Zero = Literal["none", "int", "float"]
+Activation = Literal["none", "int4", "int8"]
+Stream = Literal["original", "compressed"]
+Projection = Literal["gate_up", "down"]
+PROJECTIONS: tuple[Projection, Projection] = ("gate_up", "down")
+
+
+class ExpertId(NamedTuple):
+    """One routed expert of the model."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a matrix `[out, in]` is stored.
+
+    bits: 1, 2, 3, 4, 8 (codes) or 16 (no codes: the tensor in its own dtype).
+    group_size: input columns that share one scale; -1 = the whole row.
+    symmetric: no zero point; `zero` says what kind of zero point otherwise.
+    binary: 1-bit codes mean -scale / +scale (and only then).
+    activation: how the input of this matrix is rounded at run time.
+    """
+
+    bits: int
+    group_size: int = -1
+    symmetric: bool = True
+    zero: Zero = "none"
+    binary: bool = False
+    activation: Activation = "none"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (*BITS, 16):
+            raise ValueError(f"bits: {self.bits}; allowed: {BITS} or 16 (unquantized)")
+        if self.group_size == 0 or self.group_size < -1:
+            raise ValueError(f"group_size: {self.group_size}; allowed: -1 (per channel) or a positive number")
+        if self.symmetric != (self.zero == "none"):
+            raise ValueError(f"symmetric={self.symmetric} contradicts zero={self.zero!r}")
+        if self.binary and not (self.bits == 1 and self.symmetric):
+            raise ValueError("binary codes are 1-bit and symmetric")
+
+    def groups(self, columns: int) -> int:
+        """Groups per row of a matrix with `columns` inputs. Raises ValueError when the size does not divide."""
+        if self.bits == 16 or self.group_size == -1:
+            return 1
+        if columns % self.group_size:
+            raise ValueError(f"group_size {self.group_size} does not divide {columns} input columns")
+        return columns // self.group_size
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes of one matrix, unpacked: one byte per weight while it is worked on.
+
+    codes: uint8 [out, in], unsigned u in [0, 2^b - 1].
+    scales: [out, G] in the dtype they are stored in (bfloat16, float16 or float32).
+    zeros: None, or [out, G]: uint8 for `zero: int`, the scales' dtype for `zero: float`.
+    Value: symmetric (u - 2^(b-1)) * s; binary (2u - 1) * s; with zero point (u - z) * s.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    scheme: Scheme
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+
+Weight = Tensor | QuantizedTensor
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One routed expert in canonical (Linear) layout, whatever the family stores.
+
+    gate_up: [2I, H] (rows as the family orders them: concatenated or interleaved), or [I, H] where there is no gate.
+    down: [H, I]. Biases: [2I] and [H], or None. The real hidden size of the experts may differ from the model's.
+    """
+
+    gate_up: Weight
+    down: Weight
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def projection(self, name: Projection) -> Weight:
+        return self.gate_up if name == "gate_up" else self.down
+
+    def with_projection(self, name: Projection, weight: Weight) -> ExpertWeights:
+        return replace(self, gate_up=weight) if name == "gate_up" else replace(self, down=weight)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """All weights of one decoder layer: routed experts apart, everything else by its name inside the layer.
+
+    tensors: e.g. `self_attn.q_proj.weight`, `mlp.gate.weight`, `input_layernorm.weight`; parameters and persistent
+    buffers. experts: empty for a layer without routed experts.
+    """
+
+    index: int
+    tensors: Mapping[str, Weight]
+    experts: tuple[ExpertWeights, ...] = ()
+
+    def with_tensors(self, changed: Mapping[str, Weight]) -> LayerWeights:
+        unknown = sorted(set(changed) - set(self.tensors))
+        if unknown:
+            raise KeyError(f"layer {self.index} has no tensors {unknown}")
+        return replace(self, tensors={**self.tensors, **changed})
+
+    def with_experts(self, experts: tuple[ExpertWeights, ...]) -> LayerWeights:
+        return replace(self, experts=experts)
+
+
+@dataclass(frozen=True)
+class MoESite:
+    """Where the routed experts of one layer are, and their sizes. Names are inside the layer."""
+
+    experts: str  # e.g. "mlp.experts"
+    router: str  # e.g. "mlp.gate"
+    num_experts: int
+    top_k: int
+    hidden: int  # input columns of gate_up
+    width: int  # I, input columns of down
+    gate_up_name: str = "gate_up_proj"  # "up_proj" where there is no gate
+    gated: bool = True
+    concatenated: bool = True
+    transposed: bool = False
+    has_bias: bool = False
+
+    @property
+    def gate_up_rows(self) -> int:
+        return 2 * self.width if self.gated else self.width
+
+
+Role = Literal[
+    "routed_experts", "router", "attention", "shared_experts", "dense_mlp", "norm", "embedding", "lm_head", "other"
+]
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One decoder layer: module name, MoE site (or None), and the role and shape of every tensor inside it."""
+
+    index: int
+    name: str  # e.g. "model.layers.3"
+    site: MoESite | None
+    roles: Mapping[str, Role]  # tensor name inside the layer -> role; routed expert tensors are not listed
+    shapes: Mapping[str, tuple[int, ...]]
+    linears: tuple[str, ...]  # names of 2-D `weight`s of nn.Linear modules: what can be quantized besides experts
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known about the model before any tensor is read."""
+
+    model_type: str
+    architecture: str  # class name
+    hidden_size: int
+    vocab_size: int
+    dtype: torch.dtype  # the checkpoint's main float dtype
+    layers: tuple[LayerFacts, ...]
+    source_bytes: int
+    config: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    @property
+    def moe_layers(self) -> tuple[LayerFacts, ...]:
+        return tuple(layer for layer in self.layers if layer.site is not None)
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Calibration or evaluation tokens: N sequences of equal length, no padding.
+
+    ids: int64 [N, T]. origin: what made it (JSON-able; goes into manifest and report). digest: sha256 of the ids.
+    heldout: indices of sequences that no pass may train on (error measurement, accept / roll back).
+    """
+
+    name: str
+    ids: Tensor
+    origin: Mapping[str, Any]
+    digest: str
+    heldout: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A slice of a token set as it goes through the model. ids: int64 [B, T]; rows: indices into the set."""
+
+    ids: Tensor
+    rows: tuple[int, ...]
