@@ -1,0 +1,49 @@
+"""The few families that differ from the standard experts interface, as data. Most families need no row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Scoring = Literal["softmax", "sigmoid", "probabilities"]
+
+#: model types whose layers cannot be run one at a time by the generic engine, with the reason a user reads
+UNSUPPORTED: Mapping[str, str] = {
+    "dbrx": "experts are stored as flat matrices outside transformers' experts interface",
+    "llama4": "experts weigh their input instead of their output and run outside the experts interface",
+    "llama4_text": "experts weigh their input instead of their output and run outside the experts interface",
+    "jetmoe": "attention and MLP experts use grouped linears outside the experts interface",
+    "longcat_flash": "zero-computation experts share the id space of the real ones",
+    "doge": "product-key experts are not a conventional MoE layer",
+    "zaya": "the router carries hidden state from layer to layer",
+    "glm_moe_dsa": "layers hand sparse-attention indices to the next layer",
+    "hy_v4": "layers hand sparse-attention indices to the next layer",
+}
+
+_SIGMOID = (
+    "afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 exaone_moe flint glm4_moe glm4_moe_lite "
+    "glm4v_moe hy_v3 kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 minimax_m3_vl_text nemotron_h "
+    "solar_open"
+).split()
+_SCORING: Mapping[str, Scoring] = {**dict.fromkeys(_SIGMOID, "sigmoid"), "gemma4_text": "probabilities"}
+
+_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "num_experts_per_token", "moe_top_k", "top_k")
+
+
+def scoring(model_type: str) -> Scoring:
+    """How the router's first output becomes a distribution over experts (for router KL); default softmax."""
+    return _SCORING.get(model_type, "softmax")
+
+
+def router_names(model_type: str) -> tuple[str, ...]:
+    """Child names of the MoE block that may be its router."""
+    return ("gate", "router")
+
+
+def top_k(config: Any) -> int | None:
+    """Experts per token from a (text) config, whatever the family calls it; None when it cannot be told."""
+    for key in _TOP_K:
+        value = getattr(config, key, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None

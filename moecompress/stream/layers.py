@@ -1,0 +1,97 @@
+"""Fill one decoder layer of the skeleton with weights, run it, empty it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecompress.errors import UnsupportedModel, message
+from moecompress.experts import ExpertObserver, Experts, materialise
+from moecompress.stream.model import StreamModel
+from moecompress.stream.prelude import LayerCall
+from moecompress.types import LayerWeights, QuantizedTensor
+
+RouterTap = Callable[[Tensor], None]
+
+
+@contextmanager
+def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Module]:
+    """The decoder layer with `weights` in float32 (experts stay as they are and are expanded one at a time)."""
+    facts = model.facts.layers[weights.index]
+    layer = model.layers[weights.index]
+    empty: dict[str, Tensor] = {}
+    try:
+        for name, value in weights.tensors.items():
+            dense = materialise(value, torch.float32) if isinstance(value, QuantizedTensor) else value
+            empty[name] = _swap(layer, name, dense.float() if dense.is_floating_point() else dense)
+        if facts.site is not None:
+            experts_of(layer, facts.site.experts).weights = weights.experts
+        yield layer
+    finally:
+        for name, value in empty.items():
+            _swap(layer, name, value)
+        if facts.site is not None:
+            experts_of(layer, facts.site.experts).weights = ()
+
+
+def experts_of(layer: nn.Module, name: str) -> Experts:
+    """Our experts module inside a layer."""
+    module = layer.get_submodule(name)
+    assert isinstance(module, Experts)
+    return module
+
+
+def _swap(layer: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Put `value` in place of a parameter or buffer; returns what was there."""
+    parent, _, leaf = name.rpartition(".")
+    owner = layer.get_submodule(parent) if parent else layer
+    if leaf in owner._parameters:
+        before = owner._parameters[leaf]
+        held = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        owner._parameters[leaf] = held
+    else:
+        before = owner._buffers[leaf]
+        owner._buffers[leaf] = value
+    assert before is not None
+    return before
+
+
+def call_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+    """One forward of a filled layer. hidden float32 [B, T, ...] -> same shape.
+
+    Raises UnsupportedModel when the layer returns more than hidden states or changes a store it was handed.
+    """
+    stores = {key: len(value) for key, value in call.kwargs.items() if isinstance(value, dict)}
+    out: Any = layer(hidden, *call.args, **call.kwargs)
+    if isinstance(out, tuple):
+        if any(value is not None for value in out[1:]):
+            raise UnsupportedModel(message(type(layer).__name__, "hands more than hidden states to the next layer"))
+        out = out[0]
+    for key, size in stores.items():
+        if len(call.kwargs[key]) != size:
+            raise UnsupportedModel(message(type(layer).__name__, f"shares '{key}' with later layers"))
+    return out  # type: ignore[no-any-return]
+
+
+@contextmanager
+def watched(
+    layer: nn.Module, experts: str, router: str, observer: ExpertObserver | None, tap: RouterTap | None
+) -> Iterator[None]:
+    """Within the context the layer's experts report to `observer` and its router's first output goes to `tap`."""
+
+    def hook(_module: nn.Module, _args: Any, out: Any) -> None:
+        if tap is not None:
+            tap((out[0] if isinstance(out, tuple) else out).detach())
+
+    handle = layer.get_submodule(router).register_forward_hook(hook)
+    module = experts_of(layer, experts)
+    module.observer = observer
+    try:
+        yield
+    finally:
+        module.observer = None
+        handle.remove()

@@ -1,0 +1,257 @@
+"""Open a checkpoint directory as a model that is run one decoder layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecompress.arch.quirks import top_k
+from moecompress.arch.sites import find_layers, find_site, quantizable_linears, role_of
+from moecompress.checkpoint.index import CheckpointIndex, open_index
+from moecompress.checkpoint.native import NativeConfig, decode, decode_linear
+from moecompress.checkpoint.reader import TensorReader
+from moecompress.errors import CheckpointError, UnsupportedModel, message
+from moecompress.experts import Experts
+from moecompress.stream.expert_source import ExpertReader, ExpertSource, expert_source
+from moecompress.stream.mapping import KeyMap, assemble, build_key_map
+from moecompress.stream.skeleton import build_skeleton, load_config, read_config_json
+from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, Weight
+
+
+@dataclass(frozen=True)
+class StreamModel:
+    """A checkpoint and its empty module tree. Weights exist only in what `read_layer` and `read_outer` return."""
+
+    root: Path
+    config: Any
+    raw_config: Mapping[str, Any]
+    facts: ModelFacts
+    skeleton: Any = field(repr=False)
+    layers_name: str
+    index: CheckpointIndex = field(repr=False)
+    reader: TensorReader = field(repr=False)
+    key_map: KeyMap = field(repr=False)
+    expert_sources: Mapping[int, ExpertSource] = field(repr=False)
+    native: NativeConfig | None
+    tied: Mapping[str, str]  # module name -> the module tensor whose weights it shares
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.skeleton.get_submodule(self.layers_name)  # type: ignore[no-any-return]
+
+    def read_layer(self, index: int, *, check: bool = True) -> LayerWeights:
+        """All weights of layer `index` in their stored dtypes (native: quantized).
+
+        check: raise CheckpointError, naming the tensor, when a float tensor holds NaN or Inf.
+        """
+        facts = self.facts.layers[index]
+        tensors: dict[str, Weight] = {}
+        for name in facts.roles:
+            if name not in tensors:
+                tensors.update(self._read_in_layer(facts, name))
+        if check:
+            for name, value in tensors.items():
+                if isinstance(value, Tensor):
+                    self._check(f"{facts.name}.{name}", value)
+        return LayerWeights(index, tensors, self._read_experts(facts, check))
+
+    def read_outer(self, name: str) -> Tensor:
+        """One tensor outside the layers by its module name (tied names resolve to what they share)."""
+        source = name if name in self.key_map.assemblies else self.tied.get(name, name)
+        if source not in self.key_map.assemblies:
+            raise CheckpointError(message(name, "no tensor of the checkpoint provides it"))
+        value = assemble(self.key_map.assemblies[source], self.reader.read, self.skeleton)[source]
+        self._check(source, value)
+        return value
+
+    def _read_in_layer(self, facts: LayerFacts, name: str) -> dict[str, Weight]:
+        full = f"{facts.name}.{name}"
+        linear = full.removesuffix(".weight")
+        if self.native is not None and linear in self.native.linears:
+            row = self.reader.read(f"{linear}.rec0")[0]
+            return {name: decode_linear(self.native.linears[linear], row)}
+        made = assemble(self.key_map.assemblies[full], self.reader.read, self.skeleton)
+        return {key.removeprefix(facts.name + "."): value for key, value in made.items()}
+
+    def _read_experts(self, facts: LayerFacts, check: bool) -> tuple[ExpertWeights, ...]:
+        if facts.site is None:
+            return ()
+        prefix = f"{facts.name}.{facts.site.experts}"
+        if self.native is not None and prefix in self.native.experts:
+            return self._read_records(prefix, facts)
+        source = ExpertReader(self.expert_sources[facts.index], self.reader.read, self.skeleton)
+        experts = []
+        for expert in range(facts.site.num_experts):
+            weights = source.expert(expert)
+            if check:
+                for part, value in (("gate_up", weights.gate_up), ("down", weights.down)):
+                    if isinstance(value, Tensor):
+                        self._check(f"{prefix} expert {expert} {part}", value)
+            experts.append(weights)
+        return tuple(experts)
+
+    def _read_records(self, prefix: str, facts: LayerFacts) -> tuple[ExpertWeights, ...]:
+        assert self.native is not None and facts.site is not None
+        layouts = self.native.experts[prefix].records
+        slots = self.reader.read(f"{prefix}.slot_map").tolist()
+        rows = [self.reader.read(f"{prefix}.rec{k}") for k in range(len(layouts))]
+        experts = [decode(layouts[k], rows[k][row]) for k, row in slots]
+        if not facts.site.has_bias:
+            return tuple(experts)
+        up = self.read_outer(f"{prefix}.{facts.site.gate_up_name}_bias")
+        down = self.read_outer(f"{prefix}.down_proj_bias")
+        return tuple(ExpertWeights(e.gate_up, e.down, up[i], down[i]) for i, e in enumerate(experts))
+
+    def _check(self, name: str, value: Tensor) -> None:
+        """NaN and Inf in a source tensor stop the run; the message names it and the checkpoint keys it came from."""
+        if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+            return
+        bad = int(value.numel() - torch.isfinite(value).sum())
+        raise CheckpointError(
+            message(
+                f"{self.root}: {name}",
+                f"{bad} of {value.numel()} values are NaN or Inf",
+                "finite weights",
+                "repair or download the checkpoint again",
+            )
+        )
+
+
+def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
+    """Open a Hugging Face or native moecompress checkpoint directory. Reads headers only, no tensor data.
+
+    Raises CheckpointError (files, contradictions between config and tensors) and UnsupportedModel.
+    """
+    raw = read_config_json(root)
+    config = load_config(root, trust_remote_code=trust_remote_code)
+    native, block = _quantization(root, raw)
+    index = open_index(root)
+    reader = TensorReader(index, block=block)
+    skeleton: Any = build_skeleton(config, trust_remote_code=trust_remote_code)
+    layers_name, layers = find_layers(skeleton, config.model_type)
+    plain = [name for name in reader.names() if native is None or not native.owns(name)]
+    key_map = build_key_map(skeleton, plain)
+    tied = dict(getattr(skeleton, "all_tied_weights_keys", {}) or {})
+    facts = _facts(root, config, raw, skeleton, layers_name, layers, index, native)
+    sources = {
+        layer.index: expert_source(f"{layer.name}.{layer.site.experts}", layer.site, key_map)
+        for layer in facts.moe_layers
+        if layer.site is not None and (native is None or f"{layer.name}.{layer.site.experts}" not in native.experts)
+    }
+    _check_complete(root, skeleton, key_map, tied, native, reader)
+    for layer in facts.moe_layers:
+        if layer.site is not None:
+            _replace_experts(layers[layer.index], layer.site.experts)
+    return StreamModel(
+        root, config, raw, facts, skeleton, layers_name, index, reader, key_map, sources, native, tied
+    )
+
+
+def _quantization(root: Path, raw: Mapping[str, Any]) -> tuple[NativeConfig | None, tuple[int, int] | None]:
+    block = raw.get("quantization_config")
+    if block is None:
+        return None, None
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    if method == "moecompress":
+        return NativeConfig.from_json(block), None
+    if method == "fp8" and block.get("weight_block_size"):
+        rows, columns = block["weight_block_size"]
+        return None, (int(rows), int(columns))
+    raise UnsupportedModel(
+        message(
+            str(root / "config.json"),
+            f"the checkpoint is already quantized (quant_method {method!r})",
+            "unquantized, FP8 with weight_block_size, or moecompress's own format",
+            "start from the original checkpoint",
+        )
+    )
+
+
+def _facts(
+    root: Path,
+    config: Any,
+    raw: Mapping[str, Any],
+    skeleton: Any,
+    layers_name: str,
+    layers: nn.ModuleList,
+    index: CheckpointIndex,
+    native: NativeConfig | None,
+) -> ModelFacts:
+    text = config.get_text_config()
+    per_token = top_k(text) or top_k(config)
+    if per_token is None:
+        raise UnsupportedModel(message(str(root / "config.json"), "no number of experts per token", "e.g. num_experts_per_tok"))
+    made = []
+    for position, layer in enumerate(layers):
+        name = f"{layers_name}.{position}"
+        site = find_site(layer, name, text.model_type, per_token)
+        shapes = {
+            key: tuple(value.shape)
+            for key, value in layer.state_dict().items()
+            if site is None or not key.startswith(site.experts + ".")
+        }
+        roles = {key: role_of(key, site, shape) for key, shape in shapes.items()}
+        made.append(LayerFacts(position, name, site, roles, shapes, quantizable_linears(layer, site)))
+    return ModelFacts(
+        model_type=config.model_type,
+        architecture=type(skeleton).__name__,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        dtype=_main_dtype(index),
+        layers=tuple(made),
+        source_bytes=index.total_bytes,
+        config=raw,
+    )
+
+
+def _main_dtype(index: CheckpointIndex) -> torch.dtype:
+    """The dtype that holds most bytes; FP8 reads as bfloat16, and packed bytes do not count."""
+    totals: dict[torch.dtype, int] = {}
+    for info in index.tensors.values():
+        dtype = torch.bfloat16 if info.dtype == torch.float8_e4m3fn else info.dtype
+        if dtype.is_floating_point:
+            totals[dtype] = totals.get(dtype, 0) + info.nbytes
+    if not totals:
+        raise CheckpointError(message(str(index.root), "no float tensor in the checkpoint"))
+    return max(totals, key=lambda dtype: totals[dtype])
+
+
+def _check_complete(
+    root: Path,
+    skeleton: Any,
+    key_map: KeyMap,
+    tied: Mapping[str, str],
+    native: NativeConfig | None,
+    reader: TensorReader,
+) -> None:
+    """Every module tensor has a source, and renamed-only tensors have the module's shape."""
+    missing, wrong = [], []
+    for name, value in skeleton.state_dict().items():
+        if native is not None and native.provides(name):
+            continue
+        assembly = key_map.assemblies.get(name)
+        if assembly is None:
+            if name not in tied:
+                missing.append(name)
+            continue
+        if assembly.converter is None and reader.shape(assembly.keys[0]) != tuple(value.shape):
+            wrong.append(f"{assembly.keys[0]} is {list(reader.shape(assembly.keys[0]))}, config says {list(value.shape)}")
+    if missing:
+        raise CheckpointError(
+            message(str(root), f"{len(missing)} tensors are missing, first {missing[:3]}", then="download it again")
+        )
+    if wrong:
+        raise CheckpointError(
+            message(str(root), f"config.json contradicts {len(wrong)} tensors: {'; '.join(wrong[:3])}", "equal shapes")
+        )
+
+
+def _replace_experts(layer: nn.Module, name: str) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = layer.get_submodule(parent) if parent else layer
+    owner.add_module(leaf, Experts.replacing(getattr(owner, leaf)))
