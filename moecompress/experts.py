@@ -145,7 +145,7 @@ class PackedExperts(Experts):
     def expert(self, index: int) -> ExpertWeights:
         k, row = self.slot_map[index].tolist()
         weights = decode(self.layouts[k], getattr(self, f"rec{k}")[row])
-        gate_up_bias = getattr(self, f"{'gate_up' if self.has_gate else 'up'}_proj_bias", None)
+        gate_up_bias = getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
         down_bias = getattr(self, "down_proj_bias", None)
         if gate_up_bias is None and down_bias is None:
             return weights

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from moecompress.arch.quirks import top_k
 from moecompress.arch.sites import find_layers, find_site, quantizable_linears, role_of
 from moecompress.checkpoint.index import CheckpointIndex, open_index
-from moecompress.checkpoint.native import NativeConfig, decode, decode_linear
+from moecompress.checkpoint.native import decode, decode_linear
+from moecompress.checkpoint.native_config import NativeConfig
 from moecompress.checkpoint.reader import TensorReader
 from moecompress.errors import CheckpointError, UnsupportedModel, message
 from moecompress.experts import Experts
@@ -134,7 +135,7 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
     reader = TensorReader(index, block=block)
     skeleton: Any = build_skeleton(config, trust_remote_code=trust_remote_code)
     layers_name, layers = find_layers(skeleton, config.model_type)
-    plain = [name for name in reader.names() if native is None or not native.owns(name)]
+    plain = [name for name in reader.names() if native is None or not _is_native_tensor(native, name)]
     key_map = build_key_map(skeleton, plain)
     tied = dict(getattr(skeleton, "all_tied_weights_keys", {}) or {})
     facts = _facts(root, config, raw, skeleton, layers_name, layers, index, native)
@@ -150,6 +151,22 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
     return StreamModel(
         root, config, raw, facts, skeleton, layers_name, index, reader, key_map, sources, native, tied
     )
+
+
+def _is_native_tensor(native: NativeConfig, name: str) -> bool:
+    """Whether a checkpoint tensor belongs to the native format: records, slot maps and guards."""
+    module, _, leaf = name.rpartition(".")
+    if module in native.linears:
+        return leaf in ("rec0", "weight")
+    return module in native.experts and (leaf.startswith("rec") or leaf in ("slot_map", "down_proj"))
+
+
+def _comes_from_native(native: NativeConfig, name: str) -> bool:
+    """Whether a module tensor is made from records: expert matrices (not their biases) and quantized linears."""
+    module, _, leaf = name.rpartition(".")
+    if module in native.linears:
+        return leaf == "weight"
+    return module in native.experts and not leaf.endswith("_bias")
 
 
 def _quantization(root: Path, raw: Mapping[str, Any]) -> tuple[NativeConfig | None, tuple[int, int] | None]:
@@ -232,7 +249,7 @@ def _check_complete(
     """Every module tensor has a source, and renamed-only tensors have the module's shape."""
     missing, wrong = [], []
     for name, value in skeleton.state_dict().items():
-        if native is not None and native.provides(name):
+        if native is not None and _comes_from_native(native, name):
             continue
         assembly = key_map.assemblies.get(name)
         if assembly is None:

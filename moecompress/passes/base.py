@@ -1,0 +1,167 @@
+"""What a pass is: parameters that are its recipe keys, and three functions - check, decide, apply.
+
+`check` sees facts and no tensors. `decide` sees the finished statistics of its scope and returns a small Decision
+that can be inspected, edited and replayed. `apply` is pure: (weights, decision) -> weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from moecompress.stats.base import Statistic
+from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, Scheme, Stream
+
+TARGETS = ("routed_experts", "attention", "shared_experts", "dense_mlp")
+Target = Literal["routed_experts", "attention", "shared_experts", "dense_mlp"]
+
+
+class Scope(Enum):
+    """When a pass can decide."""
+
+    LAYER = "layer"  # when the statistics of its layer are complete
+    MODEL = "model"  # after the sweep over all layers: a barrier
+    TRAIN = "train"  # needs gradients through several layers: a barrier, too
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a pass decided: JSON-able data plus named tensors (router rows, masks, rotations). Replayable.
+
+    data: for MODEL and TRAIN passes it holds all layers under their index; `apply` sees the whole decision.
+    """
+
+    data: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Forward = Callable[[ExpertWeights, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a LAYER pass (and every `apply`) may look at.
+
+    weights: the layer as the passes before left it. statistics: finished, by name, on the pass's stream.
+    forward: one expert with candidate weights on inputs [n, H] -> outputs [n, H], by the family's own activation.
+    scale_dtype: the dtype in which scales are stored. generator: independent of order and of resuming.
+    """
+
+    facts: ModelFacts
+    layer: LayerFacts
+    weights: LayerWeights
+    statistics: Mapping[str, Mapping[str, Tensor]]
+    scale_dtype: torch.dtype
+    forward: Forward
+    generator: Callable[..., torch.Generator]
+
+    def evaluate(self, expert: int, candidate: ExpertWeights) -> float | None:
+        """Relative squared output error of a candidate for one expert on the layer's token sample (`token_sample`).
+
+        Weighted by the routing weights, so it is this expert's share of the block's error; None when the sample is
+        not among the pass's statistics or holds no token of this expert.
+        """
+        sample = self.statistics.get("token_sample")
+        if sample is None:
+            return None
+        return output_error(self.forward, self.weights.experts[expert], candidate, expert, sample)
+
+
+def output_error(
+    forward: Forward,
+    reference: ExpertWeights,
+    candidate: ExpertWeights,
+    expert: int,
+    sample: Mapping[str, Tensor],
+) -> float | None:
+    """sum_t g_t^2 |f(x_t) - f'(x_t)|^2 / sum_t g_t^2 |f(x_t)|^2 over the sampled tokens routed to `expert`.
+
+    sample: `hidden` [n, H], `ids` [n, K], `weights` [n, K]. None when no sampled token goes there.
+    """
+    rows, slots = (sample["ids"] == expert).nonzero(as_tuple=True)
+    if rows.numel() == 0:
+        return None
+    inputs, gates = sample["hidden"][rows].float(), sample["weights"][rows, slots].float()[:, None]
+    wanted = forward(reference, inputs)
+    error = ((forward(candidate, inputs) - wanted) * gates).double().square().sum()
+    size = (wanted * gates).double().square().sum()
+    return float(error / size) if float(size) > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class ModelContext:
+    """What a MODEL pass decides on: finished statistics of every MoE layer, by layer index."""
+
+    facts: ModelFacts
+    statistics: Mapping[int, Mapping[str, Mapping[str, Tensor]]]
+    generator: Callable[..., torch.Generator]
+
+
+class Pass(BaseModel):
+    """Base of all passes. Fields are recipe keys; class variables say what the pass is and does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    scope: ClassVar[Scope] = Scope.LAYER
+    changes: ClassVar[frozenset[str]]
+    propagate: ClassVar[Stream] = "compressed"
+    expensive: ClassVar[bool] = False  # a finished layer is stored at a barrier instead of applying again
+
+    def needs(self) -> tuple[Statistic, ...]:
+        """Statistics this pass reads; empty = data-free."""
+        return ()
+
+    def check(self, facts: ModelFacts) -> list[str]:
+        """Every reason why this pass cannot run on this model; empty = it can. Sees no tensors."""
+        return []
+
+    def schemes(self, layer: LayerFacts) -> Mapping[str, Scheme]:
+        """Storage this pass will give to `gate_up`, `down` and linear names of one layer, as far as known now."""
+        return {}
+
+    def decide(self, context: Any) -> Decision:
+        """What to do, from the context of the pass's scope."""
+        return Decision({})
+
+    def apply(self, context: LayerContext, decision: Decision) -> LayerWeights:
+        """The layer's new weights. Pure and deterministic."""
+        raise RuntimeError(f"{type(self).__name__} has no apply")
+
+
+def group_problems(columns: Mapping[str, int], group_size: int) -> list[str]:
+    """One line for every input size that `group_size` does not divide, naming the nearest sizes that work."""
+    if group_size == -1:
+        return []
+    wrong = {name: size for name, size in columns.items() if size % group_size}
+    if not wrong:
+        return []
+    fits = [g for g in (16, 32, 64, 128, 256) if all(size % g == 0 for size in columns.values())]
+    works = ", ".join(map(str, fits)) or "none of 16..256"
+    return [
+        f"group_size {group_size} does not divide the {size} input columns of {name} (works: {works}, -1 = per channel)"
+        for name, size in sorted(wrong.items())
+    ]
+
+
+def input_columns(facts: ModelFacts, targets: Sequence[Target]) -> dict[str, int]:
+    """Input size of every kind of matrix that the targets select, named for messages."""
+    sizes: dict[str, int] = {}
+    for layer in facts.layers:
+        if layer.site is not None and "routed_experts" in targets:
+            sizes["experts gate_up"], sizes["experts down"] = layer.site.hidden, layer.site.width
+        for name in selected_linears(layer, targets):
+            sizes[name] = layer.shapes[name][1]
+    return sizes
+
+
+def selected_linears(layer: LayerFacts, targets: Sequence[Target]) -> list[str]:
+    """Linear weights of one layer (besides routed experts) whose role is among the targets."""
+    return [name for name in layer.linears if layer.roles[name] in targets]
