@@ -1,0 +1,138 @@
+"""Tables that the page, the markdown report and the model card share: headings and rows of plain text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from moecompress.report.schema import Evaluation, LayerInfo, Report
+from moecompress.report.text import NOT_MEASURED, data_size, duration, number, percent, with_error
+
+STATUS = {"tested": "tested", "by_rule": "by rule", "no": "no"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings, rows of text, and how many columns from the left are names rather than numbers."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    names: int = 1
+
+
+def quality_table(evaluation: Evaluation | None) -> Table | None:
+    """What eval.json measured and how; None when there is no eval.json."""
+    if evaluation is None:
+        return None
+    rows = [("perplexity", n, with_error(m.value, m.stderr)) for n, m in evaluation.perplexity.items()]
+    rows += [("KL, nats per token", n, number(v)) for n, v in evaluation.kl.items()]
+    rows += [("top-1 agreement", n, percent(v)) for n, v in evaluation.top1_agreement.items()]
+    agreement = [v for v in evaluation.router_agreement if v is not None]
+    if agreement:
+        rows.append(("router agreement", "mean over layers", percent(sum(agreement) / len(agreement))))
+    rows += [
+        (task, metric, with_error(m.value, m.stderr))
+        for task, found in evaluation.tasks.items()
+        for metric, m in found.items()
+    ]
+    how = (
+        ("reference", evaluation.reference),
+        ("backend", evaluation.backend),
+        ("samples", evaluation.samples),
+    )
+    rows += [("evaluated with", name, value) for name, value in how if value is not None]
+    if evaluation.limit is not None:
+        rows.append(("evaluated with", "limit", str(evaluation.limit)))
+    return Table(("measure", "on", "value"), tuple(rows), names=2)
+
+
+def pass_table(report: Report) -> Table:
+    """One row per pass, in execution order."""
+    rows = tuple(
+        (p.name, p.paper or "", _parameters(p.parameters), duration(p.seconds), data_size(p.peak_rss_bytes))
+        for p in report.passes
+    )
+    return Table(("pass", "paper", "parameters", "time", "peak memory"), rows, names=3)
+
+
+def loadable_table(report: Report) -> Table:
+    """Which programs load the output."""
+    found = [(n, getattr(report.loadable, n)) for n in ("transformers", "vllm", "sglang")]
+    rows = tuple((n, NOT_MEASURED, "") if x is None else (n, STATUS[x.status], x.reason) for n, x in found)
+    return Table(("program", "loads it", "why"), rows, names=3)
+
+
+def calibration_table(report: Report) -> Table:
+    """One row per calibration set."""
+    rows = tuple(
+        (c.name, _parameters(c.origin), number(c.samples), number(c.length), _start(c.digest))
+        for c in report.calibration
+    )
+    return Table(("set", "origin", "samples", "length", "sha256 of the tokens"), rows, names=2)
+
+
+def environment_table(report: Report) -> Table:
+    """Versions, seeds, hardware, backend and how often the run was resumed."""
+    rows = [
+        ("backend", report.backend or NOT_MEASURED),
+        ("format", report.format or NOT_MEASURED),
+        ("times resumed", number(report.resumed)),
+        ("disk, planned", data_size(report.plan.disk_bytes)),
+    ]
+    rows += [(f"version: {name}", value) for name, value in report.versions.items()]
+    rows += [(f"seed: {name}", str(value)) for name, value in report.seeds.items()]
+    rows += [(f"hardware: {name}", _quantity(name, value)) for name, value in report.hardware.items()]
+    return Table(("what", "value"), tuple(rows), names=2)
+
+
+def layer_table(layers: Sequence[LayerInfo]) -> Table:
+    """One row per MoE layer."""
+    rows = tuple(
+        (
+            str(layer.layer),
+            number(layer.experts_before),
+            number(layer.experts_after),
+            mean_bits(layer),
+            number(layer.output_error),
+            percent(layer.router.topk_agreement),
+            number(layer.router.kl),
+            number(layer.router.load_cv),
+            str(sum(e.uncovered for e in layer.experts)) if layer.experts else NOT_MEASURED,
+        )
+        for layer in layers
+    )
+    head = ("layer", "experts before", "experts after", "mean bits", "output error", "router top-k agreement")
+    return Table((*head, "router KL", "load CV", "coverage problems"), rows)
+
+
+def mean_bits(layer: LayerInfo) -> str:
+    """Mean code width over the stored projections of a layer, whatever their sizes."""
+    found = [b for e in layer.experts for b in (e.bits.gate_up, e.bits.down) if b is not None]
+    return number(sum(found) / len(found), 3) if found else NOT_MEASURED
+
+
+def recipe_text(recipe: Mapping[str, JsonValue]) -> str:
+    """The resolved recipe as YAML, keys in the recipe's own order."""
+    import yaml
+
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _start(digest: str | None) -> str:
+    """The first 16 digits; the whole is in report.json."""
+    return NOT_MEASURED if digest is None else digest[:16] + ("..." if len(digest) > 16 else "")
+
+
+def _parameters(values: Mapping[str, JsonValue]) -> str:
+    return ", ".join(f"{name}: {_plain(value)}" for name, value in values.items())
+
+
+def _quantity(name: str, value: JsonValue) -> str:
+    return data_size(value) if name.endswith("_bytes") and isinstance(value, int) else _plain(value)
+
+
+def _plain(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

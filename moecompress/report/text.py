@@ -1,0 +1,77 @@
+"""Numbers as people read them. Every function turns None into NOT_MEASURED."""
+
+from __future__ import annotations
+
+NOT_MEASURED = "not measured"
+
+
+def data_size(count: int | None) -> str:
+    """Bytes in binary units, three significant digits: 13.8 GiB."""
+    if count is None:
+        return NOT_MEASURED
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1023.5:
+            break
+        value, unit = value / 1024, larger
+    if unit == "B":
+        return f"{count} B"
+    return (f"{value:.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")) + f" {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """4.2 s, 3 min 12 s, 2 h 05 min."""
+    if seconds is None:
+        return NOT_MEASURED
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """`digits` significant digits (trailing zeros kept, so that columns line up); integers in full."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, int) or value == 0:
+        return f"{value:.0f}"
+    if 10**digits <= abs(value) < 1e15:
+        return f"{value:.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as per cent with one decimal."""
+    return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """`value ± stderr`, or the value alone when its error is unknown."""
+    text = number(value)
+    return text if value is None or stderr is None else f"{text} ± {number(stderr, 2)}"
+
+
+def smaller(before: int | None, after: int | None) -> str | None:
+    """`3.42x smaller` (or larger, or unchanged), None when it cannot be said."""
+    if not before or not after:
+        return None
+    if before == after:
+        return "unchanged"
+    return f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
+
+
+def against_plan(actual: float | None, planned: float | None, shown: str) -> str:
+    """`81 % of the planned 6.98 GiB`; `planned: 6.98 GiB` without a measurement; "" without a plan.
+
+    shown: the plan as text.
+    """
+    if planned is None:
+        return ""
+    return (
+        f"planned: {shown}"
+        if actual is None or not planned
+        else f"{100 * actual / planned:.0f} % of the planned {shown}"
+    )
