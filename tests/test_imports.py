@@ -19,8 +19,8 @@ LAYERS = (
     ("arch", "ops"),
     ("experts", "stream", "calib", "load"),
     ("passes",),
-    ("recipe", "registry", "fingerprint", "plan", "run", "rundir", "writing"),
-    ("evaluate", "report", "cli"),
+    ("recipe", "registry", "fingerprint", "estimate", "plan", "run", "rundir", "writing"),
+    ("evaluate", "report", "doctor", "inspect", "cli", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Outside library -> rooms that may import it, even inside a function.
