@@ -1,0 +1,114 @@
+"""What a statistic is: raw sums over observations, with a declared way to join the sums of two parts of the data.
+
+A statistic never stores a mean: raw sums make the result independent of batch size and order, let two halves of the
+data be merged, and let a run be resumed. Its state belongs to the caller, who may keep it on any device; observations
+are moved to the state's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from moecompress.types import MoESite
+
+State = dict[str, Tensor]
+Reduce = Literal["sum", "min", "max", "concat"]
+
+
+@dataclass(frozen=True)
+class RoutingObservation:
+    """Inputs and routing of one call of a layer's experts.
+
+    hidden: [T, H]. ids: int64 [T, K], E = skipped slot. weights: [T, K], what multiplies each expert's output.
+    logits: [T, E] before the top-k, or None where the family has none. rows: int64 [T], unique position of each token
+    in the token set.
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+    logits: Tensor | None
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertObservation:
+    """What one expert received and made in one call: n of the call's tokens, in ascending order of rows.
+
+    rows: int64 [n], weights: [n], inputs: [n, H], intermediate: [n, I] (input of down), outputs: [n, H] before the
+    routing weight.
+    """
+
+    expert: int
+    rows: Tensor
+    weights: Tensor
+    inputs: Tensor
+    intermediate: Tensor
+    outputs: Tensor
+
+
+class Statistic(Protocol):
+    """A frozen dataclass that implements `init` and one or both of the observers.
+
+    name: key of the result; includes the parameters that change what the numbers mean.
+    depends_on: what a pass may not change (`Pass.changes`) without making the statistic stale.
+    reduce: for every key of the state, how two states join.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def depends_on(self) -> frozenset[str]: ...
+
+    @property
+    def reduce(self) -> Mapping[str, Reduce]: ...
+
+    def init(self, site: MoESite) -> State:
+        """An empty state with the keys of `reduce` in sorted order."""
+        ...
+
+    def observe_routing(self, state: State, seen: RoutingObservation) -> None:
+        """Add one call to `state` in place; nothing by default."""
+
+    def observe_expert(self, state: State, seen: ExpertObservation) -> None:
+        """Add one expert's part of a call to `state` in place; nothing by default."""
+
+    def settle(self, state: State) -> None:
+        """Bring a freshly concatenated state into its usual form, in place; nothing by default."""
+
+    def finalise(self, state: State) -> dict[str, Tensor]:
+        """What passes read. By default the raw sums themselves, not copied."""
+        return dict(state)
+
+
+def merge(statistic: Statistic, a: State, b: State) -> State:
+    """The state of having seen what `a` saw and what `b` saw; neither is changed.
+
+    Associative and commutative up to the rounding of sums. Raises ValueError when the keys are not the statistic's.
+    """
+    for state in (a, b):
+        if set(state) != set(statistic.reduce):
+            raise ValueError(
+                f"{statistic.name}: state keys {sorted(state)}; allowed: {sorted(statistic.reduce)}"
+            )
+    merged = {
+        key: _join(how, a[key], b[key].to(a[key].device)) for key, how in sorted(statistic.reduce.items())
+    }
+    statistic.settle(merged)
+    return merged
+
+
+def _join(how: Reduce, a: Tensor, b: Tensor) -> Tensor:
+    if how == "sum":
+        return a + b
+    if how == "min":
+        return torch.minimum(a, b)
+    if how == "max":
+        return torch.maximum(a, b)
+    return torch.cat([a, b])
