@@ -1,0 +1,212 @@
+"""The `quantization_config` block of a native checkpoint: record layouts as JSON, read back strictly.
+
+Offsets are written so that other programs need not know the rule behind them; on reading, a layout whose offsets
+are not those of the rule is refused. `Any` appears where JSON enters and leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from moecompress.checkpoint.header import is_count, short
+from moecompress.checkpoint.native import FLOATS, LINEAR, MatrixLayout, RecordLayout, plan_record
+from moecompress.errors import CheckpointError, message, suggest
+from moecompress.types import PROJECTIONS, Scheme
+
+QUANT_METHOD = "moecompress"
+FORMAT_VERSION = 1
+_NAMES = (tuple(PROJECTIONS), (LINEAR,))
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+_MATRIX_KEYS = (
+    "shape",
+    "bits",
+    "group_size",
+    "zero",
+    "binary",
+    "activation",
+    "dtype",
+    "codes",
+    "scales",
+    "zeros",
+)
+_MAX_SIZE = 1 << 31  # rows or columns of one matrix
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """The routed experts of one module: how many, and the layout of each of its `rec<k>` tensors."""
+
+    num_experts: int
+    records: tuple[RecordLayout, ...]
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """What the loader must know before it reads tensors; keys are full module names."""
+
+    experts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
+    linears: Mapping[str, RecordLayout] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """The `quantization_config` dict. Layouts are listed once and referred to by number."""
+        used = [layout for module in self.experts.values() for layout in module.records]
+        numbers = {layout: n for n, layout in enumerate(dict.fromkeys([*used, *self.linears.values()]))}
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "layouts": [layout_to_json(layout) for layout in numbers],
+            "experts": {
+                name: {
+                    "num_experts": module.num_experts,
+                    "records": [numbers[layout] for layout in module.records],
+                }
+                for name, module in self.experts.items()
+            },
+            "linears": {name: numbers[layout] for name, layout in self.linears.items()},
+        }
+
+    @staticmethod
+    def from_json(block: Mapping[str, Any]) -> NativeConfig:
+        """Raises CheckpointError naming the key for a newer version or anything this version does not write."""
+        where = "config.json: quantization_config"
+        if not isinstance(block, Mapping) or block.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(message(where, "not a moecompress checkpoint", f"quant_method {QUANT_METHOD}"))
+        version = block.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            found = f"format_version {short(repr(version))}"
+            then = "upgrade moecompress" if type(version) is int and version > FORMAT_VERSION else ""
+            raise CheckpointError(message(where, found, str(FORMAT_VERSION), then))
+        _exact(block, ("quant_method", "format_version", "layouts", "experts", "linears"), where)
+        listed = _typed(block["layouts"], list, f"{where}.layouts")
+        layouts = [layout_from_json(item, f"{where}.layouts[{n}]") for n, item in enumerate(listed)]
+        experts = {
+            name: _experts(module, layouts, f"{where}.experts.{short(name)}")
+            for name, module in _typed(block["experts"], dict, f"{where}.experts").items()
+        }
+        linears = {
+            name: _pick(number, layouts, (LINEAR,), f"{where}.linears.{short(name)}")
+            for name, number in _typed(block["linears"], dict, f"{where}.linears").items()
+        }
+        return NativeConfig(experts, linears)
+
+
+def layout_to_json(layout: RecordLayout) -> dict[str, Any]:
+    """`{"row_bytes": R, "matrices": {name: {shape, bits, ..., byte offsets}}}`."""
+    return {
+        "row_bytes": layout.row_bytes,
+        "matrices": {name: _matrix_to_json(matrix) for name, matrix in layout.matrices},
+    }
+
+
+def layout_from_json(block: object, where: str = "layout") -> RecordLayout:
+    """Inverse of `layout_to_json`. Raises CheckpointError naming the key that is wrong."""
+    fields = _typed(block, dict, where)
+    _exact(fields, ("row_bytes", "matrices"), where)
+    matrices = _typed(fields["matrices"], dict, f"{where}.matrices")
+    names = next((names for names in _NAMES if set(names) == set(matrices)), None)
+    if names is None:
+        found = f"matrices {short(repr(list(matrices)))}"
+        raise CheckpointError(message(where, found, " or ".join(str(list(names)) for names in _NAMES)))
+    described = [
+        (name, *_described(_typed(matrices[name], dict, f"{where}.{name}"), f"{where}.{name}"))
+        for name in names  # not in the order of the keys: transformers sorts them when it saves a config
+    ]
+    try:
+        layout = plan_record(described)
+    except ValueError as error:
+        raise CheckpointError(message(where, str(error))) from None
+    if layout_to_json(layout) != block:
+        found = "row_bytes or offsets are not those of the format"
+        raise CheckpointError(message(where, found, f"{short(repr(_offsets(layout)))}"))
+    return layout
+
+
+def _matrix_to_json(matrix: MatrixLayout) -> dict[str, Any]:
+    scheme = matrix.scheme
+    values = (
+        list(matrix.shape),
+        scheme.bits,
+        scheme.group_size,
+        scheme.zero,
+        scheme.binary,
+        scheme.activation,
+        str(matrix.dtype).removeprefix("torch."),
+        *(None if part is None else part.offset for part in (matrix.codes, matrix.scales, matrix.zeros)),
+    )
+    return dict(zip(_MATRIX_KEYS, values, strict=True))
+
+
+def _described(block: dict[str, Any], where: str) -> tuple[tuple[int, int], Scheme, torch.dtype]:
+    _exact(block, _MATRIX_KEYS, where)
+    shape = _typed(block["shape"], list, f"{where}.shape")
+    if len(shape) != 2 or not all(is_count(size) and 0 < size <= _MAX_SIZE for size in shape):
+        raise CheckpointError(message(f"{where}.shape", short(repr(shape)), "[out, in]"))
+    bits = _typed(block["bits"], int, f"{where}.bits")
+    group_size = _typed(block["group_size"], int, f"{where}.group_size")
+    binary = _typed(block["binary"], bool, f"{where}.binary")
+    zero = _word(block["zero"], ("none", "int", "float"), f"{where}.zero")
+    activation = _word(block["activation"], ("none", "int4", "int8"), f"{where}.activation")
+    dtype = _DTYPES[_word(block["dtype"], tuple(_DTYPES), f"{where}.dtype")]
+    try:
+        scheme = Scheme(bits, group_size, zero == "none", cast(Any, zero), binary, cast(Any, activation))
+    except ValueError as error:
+        raise CheckpointError(message(where, short(str(error)))) from None
+    if bits == 16 and scheme != Scheme(16):
+        raise CheckpointError(message(where, f"{scheme}", f"{Scheme(16)}"))
+    return (shape[0], shape[1]), scheme, dtype
+
+
+def _experts(block: object, layouts: list[RecordLayout], where: str) -> ExpertsLayout:
+    module = _typed(block, dict, where)
+    _exact(module, ("num_experts", "records"), where)
+    count = _typed(module["num_experts"], int, f"{where}.num_experts")
+    numbers = _typed(module["records"], list, f"{where}.records")
+    if not 0 < len(numbers) <= count:
+        raise CheckpointError(message(where, f"{count} experts in {len(numbers)} record layouts"))
+    records = tuple(_pick(number, layouts, tuple(PROJECTIONS), f"{where}.records") for number in numbers)
+    if len(set(records)) < len(records):
+        raise CheckpointError(message(f"{where}.records", "a layout appears twice", "each once"))
+    return ExpertsLayout(count, records)
+
+
+def _pick(number: object, layouts: list[RecordLayout], names: tuple[str, ...], where: str) -> RecordLayout:
+    if not is_count(number) or cast(int, number) >= len(layouts):
+        raise CheckpointError(message(where, f"layout {short(repr(number))}", f"0 to {len(layouts) - 1}"))
+    layout = layouts[cast(int, number)]
+    found = tuple(name for name, _ in layout.matrices)
+    if found != names:
+        raise CheckpointError(message(where, f"layout {number} has {found}", f"{names}"))
+    return layout
+
+
+def _typed(value: object, kind: type, where: str) -> Any:
+    if type(value) is not kind:  # not isinstance: JSON true is no number
+        raise CheckpointError(message(where, short(repr(value)), f"{kind.__name__}"))
+    return value
+
+
+def _word(value: object, allowed: tuple[str, ...], where: str) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise CheckpointError(message(where, short(repr(value)) + suggest(str(value), allowed)))
+    return value
+
+
+def _exact(block: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    for key in block:
+        if key not in keys:
+            raise CheckpointError(message(where, f"unknown key '{short(str(key))}'{suggest(short(str(key)), keys)}"))
+    missing = [key for key in keys if key not in block]
+    if missing:
+        raise CheckpointError(message(where, f"missing {', '.join(missing)}"))
+
+
+def _offsets(layout: RecordLayout) -> dict[str, Any]:
+    parts = {name: (m.codes, m.scales, m.zeros) for name, m in layout.matrices}
+    return {"row_bytes": layout.row_bytes} | {
+        name: [None if part is None else part.offset for part in found] for name, found in parts.items()
+    }
