@@ -58,9 +58,7 @@ def find_grid(
     """
     _require_codes(scheme)
     if scheme.bits == 1 and scheme.symmetric and not scheme.binary:
-        raise ValueError(
-            "one symmetric bit has the values -s and 0 only; allowed: binary=True or a zero point"
-        )
+        raise ValueError("one symmetric bit has the values -s and 0 only; allowed: binary=True or a zero point")
     rows, columns = weight.shape
     groups = scheme.groups(columns)
     if importance is not None and importance.shape != (columns,):
@@ -70,15 +68,9 @@ def find_grid(
     if not scheme.symmetric:
         zeros = torch.empty_like(scales, dtype=torch.uint8 if scheme.zero == "int" else scale_dtype)
     for part in _row_chunks(rows, columns):
-        x = (
-            weight[part].float().reshape(-1, columns // groups).t().contiguous()
-        )  # [size, rows * G]: groups as columns
+        x = weight[part].float().reshape(-1, columns // groups).t().contiguous()  # [size, rows * G]: groups as columns
         h = None if importance is None else _per_group(importance, groups).repeat(1, x.shape[1] // groups)
-        s, z = (
-            _binary_grid(x, h, scale_dtype)
-            if scheme.binary
-            else _affine_grid(x, h, scheme, grid, scale_dtype)
-        )
+        s, z = _binary_grid(x, h, scale_dtype) if scheme.binary else _affine_grid(x, h, scheme, grid, scale_dtype)
         scales[part] = s.view(-1, groups).to(scale_dtype)
         if zeros is not None:
             zeros[part] = z.view(-1, groups).to(zeros.dtype)
@@ -128,9 +120,7 @@ def round_to_nearest(
     return quantize(weight, find_grid(weight, scheme, grid, scale_dtype, importance), scheme)
 
 
-def stored_bits(
-    shape: tuple[int, ...] | torch.Size, scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16
-) -> int:
+def stored_bits(shape: tuple[int, ...] | torch.Size, scheme: Scheme, scale_dtype: torch.dtype = torch.bfloat16) -> int:
     """Bits a matrix [out, in] takes when stored: packed rows, scales, zero points (8 bits each, or a scale's width).
 
     Headers and alignment of a file are not counted. 16 bits: the plain tensor.
@@ -174,9 +164,7 @@ def _per_group(importance: Tensor, groups: int) -> Tensor:
 
 def _round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 values of `scales` as `dtype` stores them, finite and not zero, with their sign."""
-    smallest = (
-        2.0**-24 if dtype == torch.float16 else 2.0**-126
-    )  # half subnormals survive; 1 / 2^-126 is finite
+    smallest = 2.0**-24 if dtype == torch.float16 else 2.0**-126  # half subnormals survive; 1 / 2^-126 is finite
     magnitude = scales.abs().clamp(smallest, torch.finfo(dtype).max)
     return torch.copysign(magnitude, scales).to(dtype).float()
 

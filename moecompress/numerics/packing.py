@@ -92,6 +92,4 @@ def _unpack_bytes(packed: Tensor, bits: int, columns: int) -> Tensor:
         packed = torch.nn.functional.pad(packed, (0, used - packed.shape[1]))
     triples = packed[:, :used].reshape(packed.shape[0], -1, 3).to(torch.int32)
     word = triples[..., 0] | triples[..., 1] << 8 | triples[..., 2] << 16
-    return torch.stack([(word >> 3 * i & 7).to(torch.uint8) for i in range(8)], dim=-1).flatten(1)[
-        :, :columns
-    ]
+    return torch.stack([(word >> 3 * i & 7).to(torch.uint8) for i in range(8)], dim=-1).flatten(1)[:, :columns]

@@ -82,9 +82,7 @@ def _read(path: Path, kind: type[ModelT]) -> ModelT:
             )
         ) from None
     except (ValueError, OSError) as error:
-        raise CheckpointError(
-            message(str(path), f"not readable as JSON ({error})", then="run again")
-        ) from None
+        raise CheckpointError(message(str(path), f"not readable as JSON ({error})", then="run again")) from None
 
 
 def _refuse(constant: str) -> None:

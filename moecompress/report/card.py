@@ -63,9 +63,7 @@ def _front_matter(report: Report, licence: str | None) -> str:
 
 def _code(report: Report) -> str:
     first = (
-        []
-        if report.format in PLAIN_FORMATS
-        else ["import moecompress  # lets transformers read the packed experts"]
+        [] if report.format in PLAIN_FORMATS else ["import moecompress  # lets transformers read the packed experts"]
     )
     return "\n".join(
         [

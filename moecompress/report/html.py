@@ -123,9 +123,7 @@ def tiles(report: Report, evaluation: Evaluation | None) -> list[Tile]:
 def _before_after(before: int | None, after: int | None) -> str:
     if before is None and after is None:
         return NOT_MEASURED
-    return " → ".join(
-        data_size(n).replace(" ", "\u00a0") for n in (before, after)
-    )  # a line breaks at the arrow only
+    return " → ".join(data_size(n).replace(" ", "\u00a0") for n in (before, after))  # a line breaks at the arrow only
 
 
 def _bars(report: Report) -> list[tuple[str, str, Markup]]:

@@ -38,18 +38,14 @@ def token_map(layers: Sequence[LayerInfo]) -> Map | None:
         text = "" if expert.tokens is None else _short(expert.tokens)
         if expert.uncovered:
             return Cell("bad", text or "?")
-        return (
-            Cell("none", "?") if expert.tokens is None else Cell(f"q{_step(expert.tokens, low, high)}", text)
-        )
+        return Cell("none", "?") if expert.tokens is None else Cell(f"q{_step(expert.tokens, low, high)}", text)
 
     def title(layer: LayerInfo) -> str:
         seen = sorted(e.tokens for e in layer.experts if e.tokens is not None)
         spread = f"min {seen[0]}, median {seen[len(seen) // 2]}, max {seen[-1]}" if seen else "not measured"
         bad = [str(e.id) for e in layer.experts if e.uncovered]
         return f"layer {layer.layer}: tokens per expert {spread}" + (
-            f"; coverage problem: experts {', '.join(bad[:20])}{' ...' if len(bad) > 20 else ''}"
-            if bad
-            else ""
+            f"; coverage problem: experts {', '.join(bad[:20])}{' ...' if len(bad) > 20 else ''}" if bad else ""
         )
 
     starved, silent = sum(e.uncovered for e in experts), sum(e.tokens == 0 for e in experts)
@@ -63,9 +59,7 @@ def token_map(layers: Sequence[LayerInfo]) -> Map | None:
     if any(e.tokens is None for e in experts):
         legend.append(("none", "not measured"))
     legend += _ranges(low, high) if counts else []
-    return Map(
-        "Calibration tokens per expert", note, _draw(layers, cell, title, "tokens per expert"), tuple(legend)
-    )
+    return Map("Calibration tokens per expert", note, _draw(layers, cell, title, "tokens per expert"), tuple(legend))
 
 
 def bit_maps(layers: Sequence[LayerInfo]) -> list[Map]:
@@ -100,11 +94,7 @@ def _bit_map(layers: Sequence[LayerInfo], projection: Projection, heading: str) 
     used, kept = {colour(e) for e in experts}, [b for e in experts if (b := width(e)) is not None]
     names = [(c, f"{b} bit" if b < 16 else "16 bit (source dtype)") for b, c in BIT_COLOURS.items()]
     legend = [(c, n) for c, n in [("gone", "removed"), ("none", "not known"), *names] if c in used]
-    mean = (
-        f"Mean over the {len(kept)} stored experts: {sum(kept) / len(kept):.3g} bits."
-        if kept
-        else "None is stored."
-    )
+    mean = f"Mean over the {len(kept)} stored experts: {sum(kept) / len(kept):.3g} bits." if kept else "None is stored."
     return Map(heading, mean, _draw(layers, cell, title, heading), tuple(legend))
 
 

@@ -25,9 +25,7 @@ def render_markdown(report: Report, evaluation: Evaluation | None) -> str:
     parts = [f"# {inline(report.model.name)}: compression report"]
     parts.append("\n".join(f"- **warning**: {inline(text)}" for text in report.warnings) or "No warnings.")
     parts.append(markdown_table(headline_table(report)))
-    parts.append(
-        "## Quality\n\n" + (markdown_table(quality) if quality else f"{NOT_MEASURED}: there is no eval.json")
-    )
+    parts.append("## Quality\n\n" + (markdown_table(quality) if quality else f"{NOT_MEASURED}: there is no eval.json"))
     parts.append("## Size by component\n\n" + markdown_table(component_table(report)))
     parts.append("## Experts\n\n" + markdown_table(action_table(report)))
     for title, table in (
@@ -77,9 +75,7 @@ def component_table(report: Report) -> Table:
 def action_table(report: Report) -> Table:
     """How many experts were treated how, and how many have a coverage problem."""
     experts = [e for layer in report.layers for e in layer.experts]
-    count = Counter(
-        re.sub(r"\d+", "n", e.action) for e in experts
-    )  # "merged into 3" and "... 5" are one kind
+    count = Counter(re.sub(r"\d+", "n", e.action) for e in experts)  # "merged into 3" and "... 5" are one kind
     rows = [(action, str(n)) for action, n in sorted(count.items())]
     rows += [("coverage problem", str(sum(e.uncovered for e in experts)))] if experts else []
     return Table(("experts", "count"), tuple(rows))
@@ -97,9 +93,7 @@ def markdown_table(table: Table) -> str:
 def inline(text: str) -> str:
     """`text` on one line with everything that Markdown or HTML would read as markup escaped."""
     flat = " ".join(text.split())
-    return re.sub(
-        r"([\\`*\[\]|~])", r"\\\1", flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    )
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def fenced(text: str, language: str) -> str:

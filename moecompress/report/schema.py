@@ -99,13 +99,15 @@ class ExpertBits(_Part):
 
 
 class ExpertInfo(_Part):
-    """One expert of the source model. `fallback` says why it was not treated as asked (too few tokens)."""
+    """One expert of the source model. error: relative squared output error on sampled tokens; weight_error: of its
+    weights. `fallback` says why it was not treated as asked (too few tokens)."""
 
     id: int = Field(ge=0, lt=2**16)
     tokens: int | None = None
     importance: float | None = None
     bits: ExpertBits = ExpertBits()
     error: float | None = None
+    weight_error: float | None = None
     action: str = "kept"
     fallback: str | None = None
 

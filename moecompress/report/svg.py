@@ -55,14 +55,12 @@ def stacked_bar(segments: Sequence[Segment], label: str) -> Markup:
     for segment in segments:
         width = 100 * segment.fraction
         parts.append(
-            Markup(
-                '<rect class="{}" x="{:.3f}%" y="0" width="{:.3f}%" height="28"><title>{}</title></rect>'
-            ).format(segment.colour, start, width, segment.title)
+            Markup('<rect class="{}" x="{:.3f}%" y="0" width="{:.3f}%" height="28"><title>{}</title></rect>').format(
+                segment.colour, start, width, segment.title
+            )
         )
         start += width
-    return Markup('<svg class="bar" role="img" aria-label="{}">{}</svg>').format(
-        label, Markup("").join(parts)
-    )
+    return Markup('<svg class="bar" role="img" aria-label="{}">{}</svg>').format(label, Markup("").join(parts))
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -96,9 +94,9 @@ def line_chart(
     drawn = Markup("").join(_line(line, x, y, small=len(labels) > 24) for line in lines)
     width = WIDTH / len(labels)
     hover = Markup("").join(
-        Markup(
-            '<rect class="hit" x="{:.1f}" y="0" width="{:.1f}" height="{}"><title>{}</title></rect>'
-        ).format(x(i) - width / 2, width, HEIGHT, _hover(lines, i, label, show))
+        Markup('<rect class="hit" x="{:.1f}" y="0" width="{:.1f}" height="{}"><title>{}</title></rect>').format(
+            x(i) - width / 2, width, HEIGHT, _hover(lines, i, label, show)
+        )
         for i, label in enumerate(labels)
     )
     left = Markup("").join(
@@ -133,9 +131,7 @@ def _line(line: Line, x: Callable[[int], float], y: Callable[[float], float], sm
 
 def _hover(lines: Sequence[Line], i: int, label: str, show: Callable[[float], str]) -> str:
     found = [(line.name, line.values[i]) for line in lines]
-    return f"layer {label}: " + ", ".join(
-        f"{name} {'not measured' if v is None else show(v)}" for name, v in found
-    )
+    return f"layer {label}: " + ", ".join(f"{name} {'not measured' if v is None else show(v)}" for name, v in found)
 
 
 def heat_map(rows: Sequence[Row], label: str) -> Markup:
@@ -160,9 +156,7 @@ def heat_map(rows: Sequence[Row], label: str) -> Markup:
                         cell.colour, x + w / 2, y + h / 2 + 4, cell.text
                     )
                 )
-    cells = Markup("").join(
-        Markup('<path class="{}" d="{}"/>').format(k, "".join(v)) for k, v in paths.items()
-    )
+    cells = Markup("").join(Markup('<path class="{}" d="{}"/>').format(k, "".join(v)) for k, v in paths.items())
     return Markup(
         '<div class="scroll" tabindex="0"><svg class="map" width="{0}" height="{1}" viewBox="0 0 {0} {1}" '
         'role="img" aria-label="{2}">{3}{4}{5}{6}</svg></div>'
@@ -179,9 +173,7 @@ def heat_map(rows: Sequence[Row], label: str) -> Markup:
 def _column_labels(columns: int, wide: int, margin: int) -> Markup:
     every = next(n for n in (1, 2, 4, 8, 16, 32, 64, columns) if n * wide >= 30 or n >= columns)
     return Markup("").join(
-        Markup('<text class="axis" text-anchor="middle" x="{}" y="12">{}</text>').format(
-            margin + (c + 0.5) * wide, c
-        )
+        Markup('<text class="axis" text-anchor="middle" x="{}" y="12">{}</text>').format(margin + (c + 0.5) * wide, c)
         for c in range(0, columns, every)
     )
 

@@ -94,12 +94,8 @@ def merge(statistic: Statistic, a: State, b: State) -> State:
     """
     for state in (a, b):
         if set(state) != set(statistic.reduce):
-            raise ValueError(
-                f"{statistic.name}: state keys {sorted(state)}; allowed: {sorted(statistic.reduce)}"
-            )
-    merged = {
-        key: _join(how, a[key], b[key].to(a[key].device)) for key, how in sorted(statistic.reduce.items())
-    }
+            raise ValueError(f"{statistic.name}: state keys {sorted(state)}; allowed: {sorted(statistic.reduce)}")
+    merged = {key: _join(how, a[key], b[key].to(a[key].device)) for key, how in sorted(statistic.reduce.items())}
     statistic.settle(merged)
     return merged
 

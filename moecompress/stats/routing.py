@@ -86,9 +86,7 @@ class TokenSample(Statistic):
         device = state["rows"].device
         rows = seen.rows.to(device)
         take = _lowest(rows, self.n, self.seed)
-        if (
-            state["rows"].shape[0] == self.n
-        ):  # most tokens of later batches stop here, before anything is copied
+        if state["rows"].shape[0] == self.n:  # most tokens of later batches stop here, before anything is copied
             bar = row_hash(state["rows"], self.seed).max()
             take = take[row_hash(rows[take], self.seed) < bar]
         if take.numel() == 0:

@@ -148,9 +148,7 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
     for layer in facts.moe_layers:
         if layer.site is not None:
             _replace_experts(layers[layer.index], layer.site.experts)
-    return StreamModel(
-        root, config, raw, facts, skeleton, layers_name, index, reader, key_map, sources, native, tied
-    )
+    return StreamModel(root, config, raw, facts, skeleton, layers_name, index, reader, key_map, sources, native, tied)
 
 
 def _is_native_tensor(native: NativeConfig, name: str) -> bool:
@@ -202,7 +200,9 @@ def _facts(
     text = config.get_text_config()
     per_token = top_k(text) or top_k(config)
     if per_token is None:
-        raise UnsupportedModel(message(str(root / "config.json"), "no number of experts per token", "e.g. num_experts_per_tok"))
+        raise UnsupportedModel(
+            message(str(root / "config.json"), "no number of experts per token", "e.g. num_experts_per_tok")
+        )
     made = []
     for position, layer in enumerate(layers):
         name = f"{layers_name}.{position}"
@@ -257,7 +257,9 @@ def _check_complete(
                 missing.append(name)
             continue
         if assembly.converter is None and reader.shape(assembly.keys[0]) != tuple(value.shape):
-            wrong.append(f"{assembly.keys[0]} is {list(reader.shape(assembly.keys[0]))}, config says {list(value.shape)}")
+            wrong.append(
+                f"{assembly.keys[0]} is {list(reader.shape(assembly.keys[0]))}, config says {list(value.shape)}"
+            )
     if missing:
         raise CheckpointError(
             message(str(root), f"{len(missing)} tensors are missing, first {missing[:3]}", then="download it again")

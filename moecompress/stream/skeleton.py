@@ -81,7 +81,9 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         text = str(error).split("\n")[0]
         raise UnsupportedModel(
-            message(f"model type '{config.model_type}'", f"transformers cannot build it: {text}", then="check config.json")
+            message(
+                f"model type '{config.model_type}'", f"transformers cannot build it: {text}", then="check config.json"
+            )
         ) from error
 
 

@@ -1,0 +1,5 @@
+"""`python -m moecompress` is the command line."""
+
+from moecompress.cli import main
+
+main()

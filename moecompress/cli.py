@@ -1,0 +1,190 @@
+"""The command line: options in, one call, text out. Exit codes: 0 done, 2 your input, 75 stopped, 1 our bug."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moecompress.errors import MachineError, MoecompressError, RecipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compress Mixture-of-Experts language models: one recipe in, one loadable checkpoint out.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or a catalogue name.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace one value, e.g. passes.0.quantize.rtn.bits=3."),
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Output directory (sets output.dir).")]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Use at most this much memory, e.g. 8GiB.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="An output directory.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    settings: SetOption = None,
+    out: OutOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard a stopped run and begin again.")] = False,
+    memory: MemoryOption = None,
+) -> None:
+    """Compress a model as the recipe says."""
+    loaded, limit = _load(recipe, settings, out), _size(memory)
+    from moecompress.progress import open_progress
+    from moecompress.run import run as execute
+
+    with open_progress(sys.stderr) as progress:
+        result = execute(loaded, resume=resume, restart=restart, memory=limit, progress=progress)
+    typer.echo(result)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    settings: SetOption = None,
+    out: OutOption = None,
+    memory: MemoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a run would do, need and make; every problem at once. Reads no tensors."""
+    loaded, limit = _load(recipe, settings, out), _size(memory)
+    from moecompress.plan import make_plan
+
+    made = make_plan(loaded, memory=limit)
+    typer.echo(_json(made.to_json()) if as_json else made.render())
+    if made.problems:
+        raise RecipeError("\n".join(made.problems))
+
+
+@app.command("eval")
+def evaluate(
+    directory: DirArgument,
+    perplexity: Annotated[
+        list[str] | None, typer.Option(help="Text file or python-stdlib:heldout; may be repeated.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="The source model, for KL and agreement.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="At most this many pieces of every text.")] = 40,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in one piece.")] = 512,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a checkpoint: perplexity on texts, and its distance from a reference."""
+    from moecompress.evaluate import evaluate_dir
+
+    result = evaluate_dir(directory, tuple(perplexity or ()), reference, windows=windows, length=length)
+    typer.echo(_json(result) if as_json else _evaluation(result))
+
+
+@app.command()
+def report(directory: DirArgument) -> None:
+    """Write report.md and report.html again from report.json and eval.json."""
+    from moecompress.report.build import write_report
+
+    for path in write_report(directory):
+        typer.echo(path)
+
+
+@app.command()
+def inspect(directory: DirArgument) -> None:
+    """Show sizes by component and the quantization of every layer."""
+    from moecompress.inspect import inspect_dir
+
+    typer.echo(inspect_dir(directory))
+
+
+@app.command()
+def verify(directory: DirArgument) -> None:
+    """Recompute every tensor's sha256 and compare with the manifest."""
+    from moecompress.errors import CheckpointError
+    from moecompress.inspect import verify_dir
+
+    problems = verify_dir(directory)
+    if problems:
+        raise CheckpointError("\n".join(f"{directory}: {problem}" for problem in problems))
+    typer.echo(f"{directory}: every tensor is as it was written")
+
+
+@app.command()
+def recipes() -> None:
+    """List the catalogue."""
+    from moecompress.recipe import catalogue
+
+    for name, text in catalogue().items():
+        typer.echo(f"{name:<16}{text}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions, memory, devices and kernel backends, with reasons."""
+    from moecompress import doctor as room
+
+    facts = room.doctor()
+    typer.echo(_json(facts) if as_json else room.render(facts))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from moecompress.recipe import schema as recipe_schema
+
+    typer.echo(_json(recipe_schema()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Errors that a user can act on are printed without a traceback and give their exit code."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="moecompress")
+    except MoecompressError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        print(
+            "This is a bug in moecompress. Please report it with the text above and the recipe.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _load(recipe: str, settings: list[str] | None, out: Path | None) -> Any:
+    from moecompress.recipe import load_recipe
+
+    chosen = [] if out is None else [f"output.dir={json.dumps(str(out))}"]  # JSON text is YAML text, quoted
+    return load_recipe(recipe, [*(settings or ()), *chosen])
+
+
+def _size(text: str | None) -> int | None:
+    from moecompress.sizes import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise MachineError(f"--memory: {error}") from None
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False)
+
+
+def _evaluation(result: dict[str, Any]) -> str:
+    from moecompress.report.text import number, percent, with_error
+
+    rows = [f"perplexity  {name}: {with_error(v['value'], v['stderr'])}" for name, v in result["perplexity"].items()]
+    rows += [f"kl          {name}: {number(value)} nats per token" for name, value in (result.get("kl") or {}).items()]
+    rows += [
+        f"agreement   {name}: {percent(v)} of the most likely tokens" for name, v in result["top1_agreement"].items()
+    ]
+    return "\n".join(rows)

@@ -1,0 +1,224 @@
+"""Peak memory, disk and time of a run, predicted from shapes alone.
+
+The memory model names what is resident at the worst moment of a layer; `plan` prints it and the report sets it beside
+the measured peak.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from moecompress.checkpoint.native import plan_record
+from moecompress.numerics.grids import stored_bits
+from moecompress.recipe import Recipe
+from moecompress.stream.inventory import Owner
+from moecompress.stream.model import StreamModel
+from moecompress.types import LayerFacts, Scheme
+from moecompress.writing import Format
+
+_WRITE_RATE = 400e6  # bytes per second, a modest disk
+_ROUND_RATE = 25e6  # weights per second per thread through an MSE grid search
+
+
+class SweepLike(Protocol):
+    steps: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """peak_bytes: resident memory; disk_bytes: output, hidden states and side files; parts: what makes the peak."""
+
+    peak_bytes: int
+    disk_bytes: int
+    output_bytes: int
+    seconds: float
+    expert_bits_per_weight: float | None
+    total_bits_per_weight: float
+    component_bytes: Mapping[str, tuple[int, int]]  # role -> (source, output)
+    parts: Mapping[str, int]
+
+
+def resident_bytes() -> int:
+    """This process's resident memory now (Linux; elsewhere the maximum so far)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+        import os
+
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def estimate(
+    recipe: Recipe,
+    model: StreamModel,
+    owned: Mapping[str, Owner],
+    schemes: Mapping[int, Mapping[str, Scheme]],
+    output: Format,
+    sweeps: Sequence[SweepLike],
+    batch_tokens: int,
+    probe_tokens: int,
+) -> Estimate:
+    """Predict one run. Uses the process's present memory as the base, so transformers should be imported by now."""
+    tokens = [spec.samples * spec.length for spec in recipe.calibration.values()] + [probe_tokens]
+    lengths = [spec.length for spec in recipe.calibration.values()] + [probe_tokens]
+    hidden = model.facts.hidden_size
+    stores = 4 * 4 * hidden * sum(tokens)  # two streams, two generations, float32
+    component, out_bytes = _component_bytes(model, owned, schemes, output)
+    parts = _peak_parts(model, schemes, output, min(batch_tokens, max(tokens)), max(lengths))
+    weights = sum(out for _, out in component.values())
+    codes = [_expert_bits(layer, schemes[layer.index]) for layer in model.facts.moe_layers]
+    expert_weights = sum(count for count, _ in codes)
+    total_weights = _count_weights(model)
+    return Estimate(
+        peak_bytes=sum(parts.values()),
+        disk_bytes=int(out_bytes * 1.02) + stores + (64 << 20),
+        output_bytes=out_bytes,
+        seconds=_seconds(model, sum(tokens), len(sweeps), out_bytes),
+        expert_bits_per_weight=sum(bits for _, bits in codes) / expert_weights if expert_weights else None,
+        total_bits_per_weight=8 * weights / total_weights,
+        component_bytes=component,
+        parts=parts,
+    )
+
+
+def _expert_bits(layer: LayerFacts, chosen: Mapping[str, Scheme]) -> tuple[int, int]:
+    """(weights, stored bits) of one layer's routed experts."""
+    site = layer.site
+    assert site is not None
+    shapes = {"gate_up": (site.gate_up_rows, site.hidden), "down": (site.hidden, site.width)}
+    weights = bits = 0
+    for name, shape in shapes.items():
+        count = shape[0] * shape[1]
+        weights += count
+        bits += stored_bits(shape, chosen[name], torch.bfloat16) if name in chosen else 16 * count
+    return weights * site.num_experts, bits * site.num_experts
+
+
+def _count_weights(model: StreamModel) -> int:
+    names = set(model.reader.names())
+    total = 0
+    for name in names:
+        count = 1
+        for size in model.index.tensors[name].shape:
+            count *= size
+        total += count
+    return max(1, total)
+
+
+def _component_bytes(
+    model: StreamModel, owned: Mapping[str, Owner], schemes: Mapping[int, Mapping[str, Scheme]], output: Format
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """role -> (source bytes, output bytes); FP8 counts as bfloat16 in the output."""
+    plain = set(model.reader.names())
+    found: dict[str, list[int]] = {}
+    for key, owner in owned.items():
+        info = model.index.tensors[key]
+        row = found.setdefault(owner.role, [0, 0])
+        row[0] += info.nbytes
+        if key in plain:
+            row[1] += info.nbytes // info.dtype.itemsize * model.reader.logical_dtype(key).itemsize
+    if output == "native":
+        for layer in model.facts.layers:
+            for role, saved in _saved_bytes(model, layer, schemes[layer.index]).items():
+                found[role][1] -= saved
+    return {role: (a, b) for role, (a, b) in sorted(found.items())}, sum(row[1] for row in found.values())
+
+
+def _saved_bytes(model: StreamModel, layer: LayerFacts, chosen: Mapping[str, Scheme]) -> dict[str, int]:
+    """How many bytes quantized records save against the dense tensors of one layer, by role."""
+    saved: dict[str, int] = {}
+    dtype = model.facts.dtype
+    site = layer.site
+    if site is not None and ("gate_up" in chosen or "down" in chosen):
+        shapes = (("gate_up", (site.gate_up_rows, site.hidden)), ("down", (site.hidden, site.width)))
+        record = plan_record([(name, shape, chosen.get(name, Scheme(16)), dtype) for name, shape in shapes])
+        dense = sum(rows * columns for _, (rows, columns) in shapes) * dtype.itemsize
+        saved["routed_experts"] = (dense - record.row_bytes) * site.num_experts - 8 * site.num_experts - 1
+    for name, scheme in chosen.items():
+        if name in layer.shapes:
+            rows, columns = layer.shapes[name]
+            record = plan_record([("weight", (rows, columns), scheme, dtype)])
+            role = layer.roles[name]
+            saved[role] = saved.get(role, 0) + rows * columns * dtype.itemsize - record.row_bytes - 1
+    return saved
+
+
+def _peak_parts(
+    model: StreamModel,
+    schemes: Mapping[int, Mapping[str, Scheme]],
+    output: Format,
+    batch_tokens: int,
+    length: int,
+) -> dict[str, int]:
+    """Resident bytes by cause: at the heaviest layer, or at the two vocabulary matrices if those are heavier."""
+    item = model.facts.dtype.itemsize
+    base = resident_bytes()
+    layers = [_layer_parts(model, layer, schemes[layer.index], output, batch_tokens) for layer in model.facts.layers]
+    heaviest = max(layers, key=lambda parts: sum(parts.values()))
+    matrices = 1 if model.tied else 2
+    vocabulary = {
+        "vocabulary matrices": matrices * model.facts.vocab_size * model.facts.hidden_size * item,
+        "logits of one sequence": 3 * 4 * length * model.facts.vocab_size,
+    }
+    worst = max(heaviest, vocabulary, key=lambda parts: sum(parts.values()))
+    return {"imports and module tree": base, **worst}
+
+
+def _layer_parts(
+    model: StreamModel, layer: LayerFacts, chosen: Mapping[str, Scheme], output: Format, batch_tokens: int
+) -> dict[str, int]:
+    item = model.facts.dtype.itemsize
+    other = 0
+    for shape in layer.shapes.values():
+        size = 1
+        for length in shape:
+            size *= length
+        other += size
+    hidden = model.facts.hidden_size
+    parts = {"attention and other weights": other * (item + 4)}
+    site = layer.site
+    widest = hidden
+    if site is not None:
+        one = site.gate_up_rows * site.hidden + site.hidden * site.width
+        parts["experts, stored dtype"] = one * site.num_experts * item
+        if "gate_up" in chosen:
+            parts["experts, codes"] = one * site.num_experts * (item if output == "dense" else 1)
+        parts["one expert, float32 and search"] = 4 * one * 4
+        widest = max(hidden, 2 * site.gate_up_rows * site.top_k // 2)
+    parts["activations of a batch"] = batch_tokens * 4 * (6 * hidden + widest)
+    return parts
+
+
+def _seconds(model: StreamModel, tokens: int, sweeps: int, out_bytes: int) -> float:
+    """Two forwards per sweep at this machine's measured matmul speed, one rounding pass, and the writing."""
+    active = 0
+    for layer in model.facts.layers:
+        active += sum(shape[0] * shape[1] for shape in layer.shapes.values() if len(shape) == 2)
+        if layer.site is not None:
+            active += layer.site.top_k * 3 * layer.site.hidden * layer.site.width
+    experts = sum(_expert_bits(layer, {})[0] for layer in model.facts.moe_layers)
+    return (
+        sweeps * 2 * 2 * active * tokens / _matmul_rate()
+        + experts / (_ROUND_RATE * torch.get_num_threads())
+        + out_bytes / _WRITE_RATE
+        + 15.0  # imports and the reload check
+    )
+
+
+def _matmul_rate() -> float:
+    """Measured float32 operations per second of one small matrix product (about 20 ms)."""
+    left, right = torch.ones(256, 1024), torch.ones(1024, 1024)
+    torch.matmul(left, right)
+    start = time.perf_counter()
+    for _ in range(3):
+        torch.matmul(left, right)
+    return 3 * 2 * 256 * 1024 * 1024 / max(1e-6, time.perf_counter() - start)

@@ -1,0 +1,205 @@
+"""Perplexity, KL and agreement of a directory, streamed: one layer of each model in memory at a time.
+
+Windows of equal length, every window weighs the same. The reference (the original model) runs in lockstep, so both
+models see the same tokens and KL and router agreement need no second pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompress.calib.sources import resolve_text
+from moecompress.calib.tokenizer import load_tokenizer
+from moecompress.calib.tokens import make_token_set
+from moecompress.calib.tokens import windows as cut_windows
+from moecompress.checkpoint.writer import atomic_write
+from moecompress.errors import CalibrationError, CheckpointError, message
+from moecompress.fingerprint import versions
+from moecompress.measure import set_agreement
+from moecompress.progress import NoProgress, Progress
+from moecompress.stream.collect import Collector
+from moecompress.stream.model import StreamModel, open_model
+from moecompress.stream.streams import TokenRun, final_logits, run_layer, start_run
+from moecompress.types import TokenSet
+
+CHARACTERS = 400_000  # of each text; with 40 windows of 512 tokens more text is not looked at anyway
+BATCH_TOKENS = 4096
+BACKEND = "torch reference"
+SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Window:
+    """One evaluated window. nll, kl: mean nats per predicted token; agree: share of equal arg-max; T - 1 tokens."""
+
+    text: str
+    index: int
+    nll: float
+    kl: float | None
+    agree: float | None
+
+
+def evaluate_dir(
+    path: Path,
+    texts: Sequence[str],
+    reference: Path | None = None,
+    *,
+    length: int = 512,
+    windows: int = 40,
+    characters: int = CHARACTERS,
+    progress: Progress | None = None,
+    save: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint directory (dense or native) on texts; the result is what eval.json holds.
+
+    texts: files or `python-stdlib:heldout`. Per text: the first `characters` characters without separator lines,
+    tokenised; of the floor(tokens / length) windows `windows` are taken at even stride. reference: the original model,
+    for KL(reference || this) and agreement. save: write eval.json and the per-window results into `path/moecompress`.
+    """
+    if not texts:
+        raise CalibrationError(message("evaluation", "no text given", "a text file or python-stdlib:heldout"))
+    shown = progress or NoProgress()
+    model = open_model(path)
+    base = open_model(reference) if reference is not None else None
+    if base is not None and base.facts.vocab_size != model.facts.vocab_size:
+        raise CheckpointError(
+            message(str(reference), f"vocabulary of {base.facts.vocab_size}", f"{model.facts.vocab_size}")
+        )
+    sets = token_sets(path, texts, model.facts.vocab_size, length, windows, characters)
+    with tempfile.TemporaryDirectory(prefix="moecompress-eval-") as folder:
+        runs = _start(model, sets, Path(folder) / "model")
+        bases = _start(base, sets, Path(folder) / "reference") if base is not None else None
+        agreement = _through_layers(model, runs, base, bases, shown)
+        found = [window for name in runs for window in _score(model, runs[name], base, bases[name] if bases else None)]
+    result = summary(found, agreement, reference)
+    if save:
+        _save(path, result, found)
+    return result
+
+
+def token_sets(
+    path: Path, texts: Sequence[str], vocab_size: int, length: int, count: int, characters: int
+) -> list[TokenSet]:
+    """One token set per text, named after its file. Raises CalibrationError for texts that are too short."""
+    tokenizer: Any = load_tokenizer(path)
+    made: list[TokenSet] = []
+    for ref in texts:
+        text = resolve_text(ref).replace(f"{SEPARATOR}\n", "")[:characters]
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if ids.numel() and int(ids.max()) >= vocab_size:
+            raise CalibrationError(message(ref, f"token id {int(ids.max())}", f"0..{vocab_size - 1}"))
+        name = ref if ":" in ref else Path(ref).stem
+        name = name if all(name != known.name for known in made) else f"{name}-{len(made)}"
+        made.append(make_token_set(name, cut_windows(ids, length, count), {"text": ref}, heldout=0))
+    return made
+
+
+def _start(model: StreamModel, sets: Sequence[TokenSet], folder: Path) -> dict[str, TokenRun]:
+    runs = {}
+    for number, tokens in enumerate(sets):
+        place = folder / str(number)  # a text's name may not be a file name
+        runs[tokens.name] = start_run(model, _renamed(tokens), place, batch_tokens=BATCH_TOKENS, streams=("original",))
+    return runs
+
+
+def _renamed(tokens: TokenSet) -> TokenSet:
+    return TokenSet("text", tokens.ids, tokens.origin, tokens.digest)
+
+
+def _through_layers(
+    model: StreamModel,
+    runs: Mapping[str, TokenRun],
+    base: StreamModel | None,
+    bases: Mapping[str, TokenRun] | None,
+    progress: Progress,
+) -> list[float | None]:
+    """Run all layers of both models; returns the router agreement of every MoE layer."""
+    progress.stage("evaluate", len(model.layers))
+    agreement: list[float | None] = []
+    for index in range(len(model.layers)):
+        ids = _layer_ids(model, runs, index)
+        if base is not None and bases is not None:
+            wanted = _layer_ids(base, bases, index)
+            if ids is not None:
+                agreement.append(None if wanted is None else set_agreement(wanted, ids))
+        elif ids is not None:
+            agreement.append(None)
+        progress.step(f"layer {index}")
+    return agreement
+
+
+def _layer_ids(model: StreamModel, runs: Mapping[str, TokenRun], index: int) -> Tensor | None:
+    """Send all texts through one layer; returns the chosen experts [tokens, K], None for a dense layer."""
+    site = model.facts.layers[index].site
+    weights = model.read_layer(index)
+    ids = []
+    for run in runs.values():
+        collector = None if site is None else Collector(site, (), (), run.measured)
+        run_layer(model, weights, run, "original", collector=collector)
+        if collector is not None:
+            ids += collector.log.ids
+    return torch.cat(ids).long() if ids else None
+
+
+def _score(model: StreamModel, run: TokenRun, base: StreamModel | None, base_run: TokenRun | None) -> Iterator[Window]:
+    name = str(run.tokens.origin["text"])
+    wanted = final_logits(base, base_run, "original") if base is not None and base_run is not None else None
+    for index, (ids, logits) in enumerate(final_logits(model, run, "original")):
+        found = logits[0, :-1].log_softmax(-1)
+        nll = -float(found.gather(1, ids[0, 1:, None]).double().mean())
+        kl = agree = None
+        if wanted is not None:
+            p = next(wanted)[1][0, :-1].log_softmax(-1)
+            kl = float((p.exp() * (p - found)).double().sum(-1).mean())
+            agree = float((p.argmax(-1) == found.argmax(-1)).double().mean())
+        if not math.isfinite(nll):
+            raise CheckpointError(message(f"{model.root}: {name} window {index}", "logits are not finite"))
+        yield Window(name, index, nll, kl, agree)
+
+
+def summary(found: Sequence[Window], agreement: Sequence[float | None], reference: Path | None) -> dict[str, Any]:
+    """eval.json from windows: per text, and `all` over every window when there are several texts."""
+    names = list(dict.fromkeys(window.text for window in found))
+    groups = {_short(name): [window for window in found if window.text == name] for name in names}
+    if len(groups) > 1:
+        groups["all"] = list(found)
+    result: dict[str, Any] = {"perplexity": {}, "kl": {}, "top1_agreement": {}}
+    for name, rows in groups.items():
+        nll = torch.tensor([row.nll for row in rows], dtype=torch.float64)
+        value = math.exp(float(nll.mean()))
+        spread = float(nll.std() / math.sqrt(len(rows))) if len(rows) > 1 else None
+        result["perplexity"][name] = {"value": value, "stderr": None if spread is None else value * spread}
+        if all(row.kl is not None for row in rows):
+            result["kl"][name] = sum(row.kl or 0.0 for row in rows) / len(rows)
+            result["top1_agreement"][name] = sum(row.agree or 0.0 for row in rows) / len(rows)
+    return result | {
+        "router_agreement": list(agreement),
+        "tasks": {},
+        "samples": None,
+        "backend": BACKEND,
+        "versions": versions(),
+        "limit": None,
+        "reference": None if reference is None else str(reference),
+    }
+
+
+def _short(name: str) -> str:
+    return name if ":" in name else Path(name).stem
+
+
+def _save(path: Path, result: dict[str, Any], found: Sequence[Window]) -> None:
+    folder = path / "moecompress"
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(vars(window)) + "\n" for window in found)
+    atomic_write(folder / "eval_windows.jsonl", lines)
+    result["samples"] = "eval_windows.jsonl"
+    atomic_write(folder / "eval.json", json.dumps(result, indent=1) + "\n")

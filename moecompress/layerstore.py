@@ -1,0 +1,97 @@
+"""Keep a finished layer or a decision in the run directory: safetensors for tensors, JSON for the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moecompress.checkpoint.header import read_header
+from moecompress.checkpoint.index import CheckpointIndex
+from moecompress.checkpoint.reader import TensorReader
+from moecompress.checkpoint.writer import atomic_write, tensor_entry, write_shard
+from moecompress.passes.base import Decision
+from moecompress.types import ExpertWeights, LayerWeights, QuantizedTensor, Scheme, Weight
+
+
+def save_decision(folder: Path, name: str, decision: Decision) -> None:
+    """`<folder>/<name>.json` and, when it has tensors, `<name>.safetensors` (written first)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if decision.tensors:
+        save_tensors(folder / f"{name}.safetensors", decision.tensors)
+    atomic_write(folder / f"{name}.json", json.dumps(dict(decision.data), indent=1, sort_keys=True) + "\n")
+
+
+def load_decision(folder: Path, name: str) -> Decision | None:
+    """The saved decision, or None."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    tensors = folder / f"{name}.safetensors"
+    return Decision(json.loads(path.read_text("utf-8")), load_tensors(tensors) if tensors.is_file() else {})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Named tensors in sorted order, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_shard(path, [tensor_entry(name, tensors[name].contiguous()) for name in sorted(tensors)])
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one of our own files."""
+    index = CheckpointIndex(path.parent, read_header(path), (path,))
+    with TensorReader(index) as reader:
+        return {name: reader.read(name) for name in index.tensors}
+
+
+def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> None:
+    """Everything of `weights` that is not the source's own tensor; schemes go into a JSON file beside it."""
+    tensors: dict[str, Tensor] = {}
+    schemes: dict[str, Any] = {}
+
+    def put(name: str, value: Weight | None) -> None:
+        if isinstance(value, QuantizedTensor):
+            tensors[f"{name}:codes"], tensors[f"{name}:scales"] = value.codes, value.scales
+            if value.zeros is not None:
+                tensors[f"{name}:zeros"] = value.zeros
+            schemes[name] = asdict(value.scheme)
+        elif value is not None:
+            tensors[name] = value
+
+    for name, value in weights.tensors.items():
+        if value is not original.tensors[name]:
+            put(f"tensor/{name}", value)
+    for index, expert in enumerate(weights.experts):
+        for part, value in vars(expert).items():
+            put(f"expert/{index}/{part}", value)
+    save_tensors(path, tensors)
+    data = {"schemes": schemes, "experts": len(weights.experts)}
+    atomic_write(path.with_suffix(".json"), json.dumps(data, sort_keys=True) + "\n")
+
+
+def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
+    """A layer kept by `save_layer`, or None when there is none."""
+    sidecar = path.with_suffix(".json")
+    if not sidecar.is_file():
+        return None
+    data = json.loads(sidecar.read_text("utf-8"))
+    tensors = load_tensors(path)
+
+    def get(name: str) -> Weight | None:
+        if name in data["schemes"]:
+            scheme = Scheme(**data["schemes"][name])
+            return QuantizedTensor(
+                tensors[f"{name}:codes"], tensors[f"{name}:scales"], tensors.get(f"{name}:zeros"), scheme
+            )
+        return tensors.get(name)
+
+    changed = {name: value for name in original.tensors if (value := get(f"tensor/{name}")) is not None}
+    experts = tuple(
+        ExpertWeights(*(get(f"expert/{index}/{part}") for part in ExpertWeights.__dataclass_fields__))  # type: ignore[arg-type]
+        for index in range(data["experts"])
+    )
+    return original.with_tensors(changed).with_experts(experts)

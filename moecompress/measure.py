@@ -1,0 +1,126 @@
+"""How far the compressed layer is from the original one: router, layer output, experts, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompress.arch.quirks import Scoring
+from moecompress.experts import materialise
+from moecompress.passes.base import Forward, output_error
+from moecompress.stream.streams import TokenRun
+from moecompress.types import PROJECTIONS, ExpertWeights, LayerWeights, QuantizedTensor, Weight
+
+
+def routing_probabilities(logits: Tensor, scoring: Scoring) -> Tensor:
+    """Router outputs [n, E] as a distribution over experts, float64."""
+    values = logits.double()
+    if scoring == "softmax":
+        return values.softmax(-1)
+    positive = values.sigmoid() if scoring == "sigmoid" else values.clamp_min(0)
+    return positive / positive.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def router_comparison(
+    original: tuple[Tensor, Tensor], compressed: tuple[Tensor, Tensor], scoring: Scoring
+) -> dict[str, float | None]:
+    """Two router logs (logits [n, E], ids [n, K]) of the same tokens.
+
+    topk_agreement: mean over tokens of |S and S'| / |S or S'| of the chosen sets; kl: mean KL(original || compressed)
+    in nats, None when the numbers of experts differ.
+    """
+    agreement = set_agreement(original[1], compressed[1])
+    if original[0].shape != compressed[0].shape:
+        return {"topk_agreement": agreement, "kl": None}
+    p, q = (routing_probabilities(log[0], scoring).clamp_min(1e-30) for log in (original, compressed))
+    return {"topk_agreement": agreement, "kl": float((p * (p.log() - q.log())).sum(-1).mean())}
+
+
+def set_agreement(first: Tensor, second: Tensor) -> float:
+    """Mean Jaccard index of the expert sets in two id tables [n, K] and [n, K']."""
+    common = (first[:, :, None] == second[:, None, :]).any(-1).sum(-1).double()
+    union = first.shape[1] + second.shape[1] - common
+    return float((common / union).mean())
+
+
+def stream_error(run: TokenRun, layer: int) -> float:
+    """|X_c - X_o|^2 / |X_o|^2 of the hidden states that enter `layer`, over the measured sequences."""
+    original, compressed = run.store("original", layer), run.store("compressed", layer)
+    error = size = 0.0
+    for row in run.measured:
+        a, b = original.read(row, row + 1).double(), compressed.read(row, row + 1).double()
+        error += float((a - b).square().sum())
+        size += float(a.square().sum())
+    return error / size if size else 0.0
+
+
+def weight_error(before: Weight, after: Weight) -> float:
+    """|W - Q|^2 / |W|^2 of one matrix; 0 for an untouched one."""
+    if before is after:
+        return 0.0
+    a, b = materialise(before, torch.float32), materialise(after, torch.float32)
+    size = float(a.double().square().sum())
+    return float((a - b).double().square().sum()) / size if size else 0.0
+
+
+def expert_rows(
+    original: LayerWeights,
+    weights: LayerWeights,
+    forward: Forward,
+    statistics: Mapping[str, Mapping[str, Tensor]],
+    notes: Mapping[int, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """report.json rows of one layer's experts. statistics: `routing_counts` and `token_sample`, when measured.
+
+    notes: what the passes said about an expert (`action`, `fallback`, `importance`), by source id.
+    """
+    same = len(original.experts) == len(weights.experts)
+    tokens = statistics.get("routing_counts", {}).get("tokens")
+    rows = []
+    for index, before in enumerate(original.experts):
+        after = weights.experts[index] if same else None
+        rows.append(
+            {
+                "id": index,
+                "tokens": None if tokens is None else int(tokens[index]),
+                "bits": {"gate_up": None, "down": None} if after is None else _bits(after),
+                "weight_error": None if after is None else _expert_weight_error(before, after),
+                "error": _error(forward, before, after, index, statistics.get("token_sample")),
+                "action": "kept" if after is None or _untouched(before, after) else "quantized",
+                **notes.get(index, {}),
+            }
+        )
+    return rows
+
+
+def _error(
+    forward: Forward,
+    before: ExpertWeights,
+    after: ExpertWeights | None,
+    index: int,
+    sample: Mapping[str, Tensor] | None,
+) -> float | None:
+    if after is None or sample is None:
+        return None
+    return output_error(forward, before, after, index, sample)
+
+
+def _bits(expert: ExpertWeights) -> dict[str, int]:
+    found = {}
+    for name in PROJECTIONS:
+        weight = expert.projection(name)
+        found[name] = weight.scheme.bits if isinstance(weight, QuantizedTensor) else 16
+    return found
+
+
+def _untouched(before: ExpertWeights, after: ExpertWeights) -> bool:
+    return all(before.projection(name) is after.projection(name) for name in PROJECTIONS)
+
+
+def _expert_weight_error(before: ExpertWeights, after: ExpertWeights) -> float:
+    sizes = [before.projection(name).shape.numel() for name in PROJECTIONS]
+    errors = [weight_error(before.projection(name), after.projection(name)) for name in PROJECTIONS]
+    return sum(size * error for size, error in zip(sizes, errors, strict=True)) / sum(sizes)

@@ -1,0 +1,39 @@
+"""Parts of the output as they are kept in the run directory: shards in staging, everything else as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moecompress.checkpoint.native_config import NativeConfig
+from moecompress.checkpoint.writer import write_shard
+from moecompress.rundir import RunDir
+from moecompress.sweep import Job
+from moecompress.writing import Written, outer_output, split_entries
+
+
+def layer_file(folder: RunDir, sweep: int, index: int) -> Path:
+    """The JSON file that a processed layer leaves in the run directory."""
+    path = folder.path / "layers" / f"{sweep:02d}-{index:05d}.json"
+    path.parent.mkdir(exist_ok=True)
+    return path
+
+
+def write_part(job: Job, stem: str, written: Written) -> dict[str, Any]:
+    """Write entries as shards of the staging directory; returns shards, manifest and native block as JSON."""
+    groups = split_entries(written.entries, job.plan.recipe.output.shard_bytes)
+    shards = []
+    for number, group in enumerate(groups):
+        record = write_shard(job.run.staging / f"{stem}-{number:03d}.safetensors", group)
+        shards.append({"file": record.file, "tensors": dict(record.tensors), "bytes": record.bytes})
+    return {
+        "shards": shards,
+        "manifest": written.manifest,
+        "native": NativeConfig(written.experts, written.linears).to_json(),
+    }
+
+
+def outer_part(job: Job) -> dict[str, Any]:
+    """Write everything outside the decoder layers."""
+    owned = job.plan.owners
+    return write_part(job, "outer", outer_output(job.model, lambda key: owned[key].layer is not None))

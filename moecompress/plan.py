@@ -1,0 +1,243 @@
+"""Recipe + checkpoint headers -> Plan: what every tensor becomes, what it will cost, everything that is wrong.
+
+No tensor is read. All problems are collected, so that one look at the plan is enough.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moecompress.calib.sources import required_files
+from moecompress.errors import MoecompressError, message
+from moecompress.estimate import Estimate, estimate
+from moecompress.passes.base import Pass, Scope
+from moecompress.recipe import Recipe
+from moecompress.stream.inventory import Owner, owners
+from moecompress.stream.locate import locate_model
+from moecompress.stream.model import StreamModel, open_model
+from moecompress.types import PROJECTIONS, Scheme
+from moecompress.writing import Format
+
+BATCH_TOKENS = 4096
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One pass over all layers. steps: passes decided or applied, by position; barrier: decides at its end."""
+
+    steps: tuple[int, ...]
+    barrier: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved work. actions: checkpoint tensor -> what happens to it. problems: empty when it can run."""
+
+    recipe: Recipe = field(repr=False)
+    root: Path
+    sweeps: tuple[Sweep, ...]
+    output: Format
+    schemes: Mapping[int, Mapping[str, Scheme]] = field(repr=False)
+    owners: Mapping[str, Owner] = field(repr=False)
+    actions: Mapping[str, str] = field(repr=False)
+    estimate: Estimate
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+    model: StreamModel = field(repr=False)
+
+    def render(self) -> str:
+        """The plan as text for a terminal."""
+        from moecompress.plan_text import render
+
+        return render(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-able data; `tensors` maps every checkpoint tensor to its action."""
+        from moecompress.plan_text import to_json
+
+        return to_json(self)
+
+
+def passes_of(recipe: Recipe) -> tuple[Pass, ...]:
+    """The recipe's passes in order."""
+    made = tuple(step.params for step in recipe.passes)
+    assert all(isinstance(step, Pass) for step in made)
+    return made  # type: ignore[return-value]
+
+
+def cut_sweeps(passes: tuple[Pass, ...]) -> tuple[Sweep, ...]:
+    """Cut the ordered passes at every pass that decides only after all layers were seen.
+
+    Sweep k applies everything before barrier k; passes decided in an earlier sweep are replayed from their decision.
+    """
+    sweeps = []
+    for position, step in enumerate(passes):
+        if step.scope is not Scope.LAYER:
+            sweeps.append(Sweep(tuple(range(position)), position))
+    return (*sweeps, Sweep(tuple(range(len(passes)))))
+
+
+def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
+    """Resolve the recipe against its checkpoint. Raises only when the checkpoint cannot be opened at all."""
+    root = locate_model(recipe.model, recipe.revision)
+    model = open_model(root, trust_remote_code=recipe.trust_remote_code)
+    passes = passes_of(recipe)
+    problems = _pass_problems(recipe, passes, model)
+    warnings: list[str] = []
+    schemes = {layer.index: _schemes(passes, model, layer.index) for layer in model.facts.layers}
+    output = _format(recipe, schemes, problems)
+    problems += _calibration_problems(recipe, passes, root)
+    problems += _output_problems(recipe)
+    owned = owners(model)
+    cost = estimate(recipe, model, owned, schemes, output, cut_sweeps(passes), BATCH_TOKENS, PROBE_TOKENS)
+    problems += _resource_problems(recipe, cost, memory)
+    if not recipe.calibration:
+        warnings.append("no calibration: token counts and held-out errors are not measured")
+    return Plan(
+        recipe,
+        root,
+        cut_sweeps(passes),
+        output,
+        schemes,
+        owned,
+        _actions(model, owned, schemes, output),
+        cost,
+        tuple(problems),
+        tuple(warnings),
+        model,
+    )
+
+
+def _pass_problems(recipe: Recipe, passes: tuple[Pass, ...], model: StreamModel) -> list[str]:
+    problems = []
+    if model.native is not None:
+        problems.append(f"model '{recipe.model}': is already compressed by moecompress; start from the original")
+    for spec, step in zip(recipe.passes, passes, strict=True):
+        problems += [f"{spec.where}: {spec.name}: {problem}" for problem in step.check(model.facts)]
+        if step.needs() and not recipe.calibration:
+            names = ", ".join(item.name for item in step.needs())
+            problems.append(
+                message(
+                    f"{spec.where}: {spec.name}",
+                    f"needs data ({names}) but the recipe has no calibration",
+                    then="add e.g. `calibration: {source: manifest, manifest: python-stdlib}`",
+                )
+            )
+    return problems
+
+
+def _schemes(passes: tuple[Pass, ...], model: StreamModel, index: int) -> dict[str, Scheme]:
+    chosen: dict[str, Scheme] = {}
+    for step in passes:
+        for name, scheme in step.schemes(model.facts.layers[index]).items():
+            chosen.setdefault(name, scheme)  # the first quantizer of a matrix owns it
+    return chosen
+
+
+def _format(recipe: Recipe, schemes: Mapping[int, Mapping[str, Scheme]], problems: list[str]) -> Format:
+    wanted = recipe.output.format
+    quantized = any(schemes.values())
+    if wanted == "native" and not quantized:
+        problems.append(message("output.format", "native, but nothing is quantized", "dense", "use format: dense"))
+    if wanted in ("dense", "native"):
+        return wanted  # type: ignore[return-value]
+    return "native" if quantized else "dense"
+
+
+def _calibration_problems(recipe: Recipe, passes: tuple[Pass, ...], root: Path) -> list[str]:
+    from moecompress.calib.tokenizer import load_tokenizer
+
+    problems = []
+    for name, spec in recipe.calibration.items():
+        try:
+            required_files(spec, f"calibration '{name}'")  # type: ignore[arg-type]
+        except MoecompressError as error:
+            problems.append(str(error))
+    texts = [spec for spec in recipe.calibration.values() if spec.source != "tokens"]
+    if texts or recipe.evaluate.perplexity:
+        try:
+            load_tokenizer(root, trust_remote_code=recipe.trust_remote_code)
+        except MoecompressError as error:
+            problems.append(str(error))
+    for ref in recipe.evaluate.perplexity:
+        if ":" not in ref and not Path(ref).is_file():
+            problems.append(message("evaluate.perplexity", f"no file '{ref}'", "a text file or python-stdlib:heldout"))
+    return problems
+
+
+def _output_problems(recipe: Recipe) -> list[str]:
+    out = recipe.out
+    if out.exists():
+        return [message(f"output.dir '{out}'", "exists", then="choose another --out, or remove it")]
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        return [message(f"output.dir '{out}'", f"'{parent}' is not a directory")]
+    return []
+
+
+def _resource_problems(recipe: Recipe, cost: Estimate, memory: int | None) -> list[str]:
+    problems = []
+    parent = recipe.out.parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if cost.disk_bytes > free:
+        problems.append(
+            message(
+                f"disk at '{parent}'",
+                f"{free / 2**30:.2f} GiB free, the run needs {cost.disk_bytes / 2**30:.2f} GiB",
+                then="free some space or choose another --out",
+            )
+        )
+    if memory is not None and cost.peak_bytes > memory:
+        problems.append(
+            message(
+                "memory",
+                f"the run needs about {cost.peak_bytes / 2**30:.2f} GiB, --memory allows {memory / 2**30:.2f} GiB",
+                then="use fewer or shorter calibration samples, or allow more",
+            )
+        )
+    return problems
+
+
+def _actions(
+    model: StreamModel, owned: Mapping[str, Owner], schemes: Mapping[int, Mapping[str, Scheme]], output: Format
+) -> dict[str, str]:
+    """What happens to every checkpoint tensor, in words that the plan prints."""
+    bits: dict[str, str] = {}
+    for layer in model.facts.layers:
+        chosen = schemes[layer.index]
+        source = model.expert_sources.get(layer.index)
+        for projection in PROJECTIONS:
+            if source is not None and projection in chosen:
+                for key in source.projections[projection].assembly.keys:
+                    bits[key] = _describe(chosen[projection], output)
+        for name, scheme in chosen.items():
+            assembly = model.key_map.assemblies.get(f"{layer.name}.{name}")
+            for key in assembly.keys if assembly else ():
+                bits[key] = _describe(scheme, output)
+    plain = set(model.reader.names())
+    actions = {}
+    for key in owned:
+        if key not in plain:
+            actions[key] = "consume (FP8 scale)"
+        elif key in bits:
+            actions[key] = bits[key]
+        else:
+            same = model.reader.logical_dtype(key) == model.index.tensors[key].dtype
+            actions[key] = "copy" if same else "dequantize to bfloat16"
+    return actions
+
+
+def _describe(scheme: Scheme, output: Format) -> str:
+    group = "per channel" if scheme.group_size == -1 else f"group {scheme.group_size}"
+    kind = "binary" if scheme.binary else "symmetric" if scheme.symmetric else "asymmetric"
+    rounded = ", written dense" if output == "dense" else ""
+    return f"quantize {scheme.bits}-bit {kind}, {group}{rounded}"

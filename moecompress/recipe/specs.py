@@ -1,0 +1,159 @@
+"""The sections of a recipe as frozen pydantic models; `recipe.py` reads them from YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from moecompress.sizes import parse_size
+
+Text = Annotated[str, Field(min_length=1)]
+Files = Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class Spec(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrationSpec(Spec):
+    """One token set: where its text comes from, how many sequences, how long, how they are drawn.
+
+    heldout: fraction of the sequences that no pass trains on (errors are measured there). The keys behind it
+    belong to single sources (`CALIBRATION_SOURCES`) and are None, or their default, for the others.
+    """
+
+    source: str
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+    heldout: float = 0.125
+    files: tuple[str, ...] | None = None
+    field: str = "text"
+    name: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    manifest: str | None = None
+
+
+class _Source(Spec):
+    """Keys of every source. The subclasses say what a recipe may write; passes see a `CalibrationSpec`."""
+
+    source: str
+    samples: int = Field(128, ge=1)
+    length: int = Field(512, ge=2)
+    seed: int = Field(0, ge=0)
+    heldout: float = Field(0.125, ge=0, lt=1)
+
+
+class TextSource(_Source):
+    """Plain text files."""
+
+    source: Literal["text"]
+    files: Files
+
+
+class JsonlSource(_Source):
+    """One JSON object per line; `field` names the text, or is a template such as "{question} {answer}"."""
+
+    source: Literal["jsonl"]
+    files: Files
+    field: Text = "text"
+
+
+class DatasetsSource(_Source):
+    """For the `datasets` library: a hub id (pin `revision`), a local directory, or a format with `files`."""
+
+    source: Literal["datasets"]
+    name: Text
+    config: Text | None = None
+    split: Text = "train"
+    field: Text = "text"
+    revision: Text | None = None
+    files: Files | None = None
+
+
+class ManifestSource(_Source):
+    """A calibration manifest: a shipped name or the path of a file."""
+
+    source: Literal["manifest"]
+    manifest: Text
+
+
+class TokensSource(_Source):
+    """Ready tokens: one safetensors file with an integer tensor [N, T]."""
+
+    source: Literal["tokens"]
+    files: Annotated[tuple[Text, ...], Field(min_length=1, max_length=1)]
+
+
+CALIBRATION_SOURCES: Mapping[str, type[Spec]] = MappingProxyType(
+    {
+        "text": TextSource,
+        "jsonl": JsonlSource,
+        "datasets": DatasetsSource,
+        "manifest": ManifestSource,
+        "tokens": TokensSource,
+    }
+)
+LATER_SOURCES = ("answers", "ebss")
+
+
+class OutputSpec(Spec):
+    """Where the result goes and how it is stored. `dir` left out: `out/` and the end of the model's name."""
+
+    dir: Text | None = None
+    format: Literal["auto", "portable", "native", "dense"] = "auto"
+    shard_size: str = "4GiB"
+
+    @field_validator("format")
+    @classmethod
+    def _exists(cls, value: str) -> str:
+        if value == "portable":
+            raise ValueError("not in this version; use native or dense (or auto, which chooses for you)")
+        return value
+
+    @field_validator("shard_size")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    @property
+    def shard_bytes(self) -> int:
+        """Largest size of one shard, in bytes."""
+        return parse_size(self.shard_size)
+
+
+class EvaluateSpec(Spec):
+    """What is measured on the result. perplexity: text files, up to `windows` pieces of `length` tokens each."""
+
+    perplexity: tuple[Text, ...] = ()
+    tasks: tuple[Text, ...] = ()
+    limit: int | None = Field(None, ge=1)
+    length: int = Field(512, ge=2)
+    windows: int = Field(40, ge=1)
+
+    @field_validator("tasks")
+    @classmethod
+    def _exists(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            raise ValueError("tasks are not in this version; leave the list empty and measure perplexity")
+        return value
+
+
+class RecipeHead(Spec):
+    """The plain keys at the top of a recipe. model: a directory, or a hub id with an optional `revision`."""
+
+    model: Text = Field(description="a directory or a hub id, also as --set model=...")
+    revision: Text | None = None
+    trust_remote_code: bool = False
+    seed: int = Field(0, ge=0)
+
+
+SECTIONS = ("calibration", "passes", "output", "evaluate")  # the other keys at the top

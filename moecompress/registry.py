@@ -1,0 +1,48 @@
+"""Pass name -> class. A new pass is one line here; its module is imported only when a recipe names it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel
+
+from moecompress.errors import RecipeError, suggest
+
+
+def table(entries: Iterable[tuple[str, str]]) -> Mapping[str, str]:
+    """Read-only name -> `"module:Class"`. Raises ValueError when a name is given twice."""
+    found: dict[str, str] = {}
+    for name, target in entries:
+        if name in found:
+            raise ValueError(f"pass '{name}' is registered twice: {found[name]} and {target}")
+        found[name] = target
+    return MappingProxyType(found)
+
+
+PASSES = table(
+    [
+        ("quantize.rtn", "moecompress.passes.quantize_rtn:QuantizeRTN"),
+    ]
+)
+
+
+def pass_names() -> tuple[str, ...]:
+    """Every name a recipe may use, sorted."""
+    return tuple(sorted(PASSES))
+
+
+def pass_class(name: str) -> type[Any]:
+    """The class behind a recipe's pass name: a frozen pydantic model whose fields are the recipe keys.
+
+    Raises RecipeError for an unknown name, with the nearest name and the whole list.
+    """
+    if name not in PASSES:
+        raise RecipeError(f"unknown pass '{name}'{suggest(name, PASSES)}")
+    module, _, attribute = PASSES[name].partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        raise TypeError(f"pass '{name}': {PASSES[name]} is not a pydantic model")
+    return found

@@ -1,0 +1,94 @@
+"""The reload check, run in a process of its own: load an output directory, compare its logits with stored ones.
+
+`python -P -m moecompress.reload DIR PROBE THREADS BYTES` prints one JSON line; a difference is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompress.errors import OutputError, message
+from moecompress.layerstore import load_tensors
+from moecompress.plan import BATCH_TOKENS
+from moecompress.stream.model import open_model
+from moecompress.stream.streams import final_logits, run_layer, start_run
+from moecompress.types import TokenSet
+
+_TOLERANCE = 1e-3  # median over tokens of |difference| / |logits|; a wrong weight gives far more
+_OUTLIERS = 0.05  # tokens that may differ more: a tie in top-k broken the other way
+
+
+def compare(wanted: Tensor, found: Tensor) -> float:
+    """Median relative difference per token of logits [B, T, V]. Raises OutputError beyond the tolerance."""
+    a, b = wanted.reshape(-1, wanted.shape[-1]).double(), found.reshape(-1, found.shape[-1]).double()
+    each = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)
+    median, bad = float(each.median()), float((~(each <= 10 * _TOLERANCE)).double().mean())
+    if not median <= _TOLERANCE or bad > _OUTLIERS:
+        raise OutputError(
+            message(
+                "reload check",
+                f"logits differ: median {median:.2e}, {100 * bad:.0f} % of tokens above {10 * _TOLERANCE:g}",
+                f"median {_TOLERANCE:g}, {100 * _OUTLIERS:.0f} %",
+            )
+        )
+    return median
+
+
+def fits_in_memory(weights: int) -> bool:
+    """Whether a model of `weights` bytes can be loaded whole, converted to float32 where it is not packed."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return weights < 1 << 30
+    return 3 * weights < free
+
+
+def whole_logits(root: Path, ids: Tensor) -> Tensor:
+    """Logits of the model loaded by transformers, the way a user loads it."""
+    from moecompress.load import load
+
+    model: Any = load(root, dtype=torch.float32)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
+
+
+def streamed_logits(root: Path, ids: Tensor, folder: Path) -> Tensor:
+    """Logits with one layer in memory at a time."""
+    model = open_model(root)
+    tokens = TokenSet("reload", ids, {}, "")
+    run = start_run(model, tokens, folder, batch_tokens=BATCH_TOKENS, streams=("original",))
+    for index in range(len(model.layers)):
+        run_layer(model, model.read_layer(index), run, "original")
+    out = torch.cat([logits for _, logits in final_logits(model, run, "original")])
+    for generation in (0, 1):
+        run.store("original", generation).remove()
+    return out
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check DIR against PROBE (tensors `ids`, `logits`)."""
+    root, probe, threads, weights = Path(arguments[0]), Path(arguments[1]), int(arguments[2]), int(arguments[3])
+    torch.set_num_threads(threads)
+    stored = load_tensors(probe)
+    whole = fits_in_memory(weights)
+    found = (
+        whole_logits(root, stored["ids"]) if whole else streamed_logits(root, stored["ids"], probe.parent / "hidden")
+    )
+    how = "whole model through transformers" if whole else "streamed, larger than memory"
+    print(json.dumps({"how": how, "whole": whole, "difference": compare(stored["logits"], found)}))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Exception as error:  # the parent process shows the last lines of what is printed here
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,214 @@
+"""Execute a plan: sweeps over the layers, decisions at barriers, shards, and the finish. Resumable at every layer."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moecompress.calib.tokenizer import load_tokenizer
+from moecompress.calib.tokens import build_token_set, make_token_set
+from moecompress.checkpoint.writer import atomic_write
+from moecompress.errors import RecipeError, Stopped, message
+from moecompress.fingerprint import fingerprint
+from moecompress.finish import finish
+from moecompress.layerstore import load_decision, load_tensors, save_decision
+from moecompress.parts import layer_file, write_part
+from moecompress.passes.base import Decision, ModelContext, Scope
+from moecompress.plan import BATCH_TOKENS, PROBE_TOKENS, Sweep, make_plan, passes_of
+from moecompress.progress import NoProgress, Progress
+from moecompress.recipe import Recipe
+from moecompress.rundir import open_run
+from moecompress.stream.streams import start_run
+from moecompress.stream.train import TrainContext
+from moecompress.sweep import PROBE, Job, LayerResult, process_layer, seeded, weights_before
+from moecompress.types import TokenSet
+from moecompress.writing import layer_output
+
+
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Compress a model as the recipe says; returns the output directory.
+
+    Raises RecipeError with every problem of the plan, Stopped (state kept, exit code 75) after SIGTERM, Ctrl-C or on
+    a full disk, and the other MoecompressErrors. Nothing appears at the output path before all is written and checked.
+    """
+    shown = progress or NoProgress()
+    began = time.perf_counter()
+    plan = make_plan(recipe, memory)
+    if plan.problems:
+        raise RecipeError("\n".join(plan.problems))
+    for warning in plan.warnings:
+        shown.note(warning)
+    with (
+        stop_requests() as stop,
+        open_run(recipe.out, fingerprint(recipe, plan.root), resume=resume, restart=restart) as folder,
+    ):
+        cursor = folder.load_cursor() or {"sweep": 0, "layer": 0, "resumed": -1, "seconds": 0.0, "peak": 0}
+        cursor["resumed"] += 1
+        cursor["before"] = cursor["seconds"]
+        cursor["peak"] = max(cursor["peak"], peak_resident())
+        folder.save_cursor(cursor)
+        job = Job(plan, passes_of(recipe), folder, {})
+        _start_tokens(job, cursor, shown)
+        for number, sweep in enumerate(plan.sweeps):
+            if number >= cursor["sweep"]:
+                _run_sweep(job, number, sweep, cursor, shown, stop, began)
+            elif sweep.barrier is not None:
+                job.decided[sweep.barrier] = _barrier(job, sweep.barrier, shown)
+        finish(job, cursor, time.perf_counter() - began, shown)
+    return recipe.out
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within the context SIGTERM and Ctrl-C are remembered instead of obeyed; the yielded function tells."""
+    seen: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, lambda received, _frame: seen.append(received))
+    except ValueError:  # not in the main thread: signals stay the caller's business
+        before.clear()
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_resident() -> int:
+    """The largest resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _start_tokens(job: Job, cursor: Mapping[str, Any], progress: Progress) -> None:
+    """Build the token sets and run what comes before layer 0. At layer 0 the hidden states are written anew."""
+    fresh = cursor["layer"] == 0
+    for tokens in _token_sets(job, progress):
+        job.tokens[tokens.name] = start_run(  # type: ignore[index]
+            job.model,
+            tokens,
+            job.run.hidden,
+            batch_tokens=BATCH_TOKENS,
+            streams=("original", "compressed") if fresh else None,
+        )
+
+
+def _token_sets(job: Job, progress: Progress) -> list[TokenSet]:
+    recipe, facts = job.plan.recipe, job.model.facts
+    made = []
+    sources = recipe.calibration
+    tokenizer = None
+    if any(spec.source != "tokens" for spec in sources.values()):
+        tokenizer = load_tokenizer(job.plan.root, trust_remote_code=recipe.trust_remote_code)
+    progress.stage("calibration", len(sources) + 1)
+    for name, spec in sources.items():
+        made.append(
+            build_token_set(
+                name,
+                spec,  # type: ignore[arg-type]
+                tokenizer,
+                vocab_size=facts.vocab_size,
+                cache_dir=job.run.path / "calibration",
+            )
+        )
+        progress.step(f"{name}: {made[-1].ids.shape[0]} x {made[-1].ids.shape[1]} tokens")
+    ids = torch.randint(0, facts.vocab_size, (1, PROBE_TOKENS), generator=seeded(0, PROBE, 0)())
+    made.append(make_token_set(PROBE, ids, {"source": "random tokens of the reload check"}, heldout=0))
+    progress.step(PROBE)
+    return made
+
+
+def _run_sweep(
+    job: Job,
+    number: int,
+    sweep: Sweep,
+    cursor: dict[str, Any],
+    progress: Progress,
+    stop: Callable[[], bool],
+    began: float,
+) -> None:
+    count = len(job.model.layers)
+    last = number == len(job.plan.sweeps) - 1
+    title = f"sweep {number + 1}/{len(job.plan.sweeps)}"
+    if number > 0 and cursor["layer"] == 0:
+        _start_tokens(job, cursor, progress)
+    progress.stage(title, count, cursor["layer"])
+    for index in range(cursor["layer"], count):
+        result = process_layer(job, sweep, index, last=last)
+        _keep(job, number, index, result, last)
+        cursor.update(layer=index + 1, peak=max(cursor["peak"], peak_resident()))
+        cursor["seconds"] = cursor["before"] + time.perf_counter() - began
+        job.run.save_cursor(cursor)
+        progress.step(_line(index, result))
+        if stop():
+            raise Stopped(
+                message(str(job.run.path), f"stopped after layer {index} of {title}", then="run again with --resume")
+            )
+    if sweep.barrier is not None:
+        job.decided[sweep.barrier] = _barrier(job, sweep.barrier, progress)
+        cursor.update(sweep=number + 1, layer=0)
+        job.run.save_cursor(cursor)
+
+
+def _line(index: int, result: LayerResult) -> str:
+    text = f"layer {index}"
+    row = result.row
+    if row is not None and row["output_error"] is not None:
+        text += f" error {row['output_error']:.2e} router {row['router']['topk_agreement']:.3f}"
+    return text
+
+
+def _barrier(job: Job, position: int, progress: Progress) -> Decision:
+    """The decision of a MODEL or TRAIN pass: loaded, or made now and kept."""
+    step = job.passes[position]
+    folder = job.run.decisions / job.folder(position)
+    decision = load_decision(folder, "model")
+    if decision is None:
+        progress.note(f"{step.name} decides over all layers")
+        if step.scope is Scope.TRAIN:
+            decision = step.decide(TrainContext(job.model, job.tokens, weights_before(job, position)))
+        else:
+            statistics = {
+                layer.index: _saved_statistics(job, position, layer.index) for layer in job.model.facts.moe_layers
+            }
+            context = ModelContext(job.model.facts, statistics, seeded(getattr(step, "seed", 0), step.name, -1))
+            decision = step.decide(context)
+        save_decision(folder, "model", decision)
+    return decision
+
+
+def _saved_statistics(job: Job, position: int, index: int) -> dict[str, dict[str, torch.Tensor]]:
+    path = job.run.stats / job.folder(position) / f"{index:05d}.safetensors"
+    nested: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in (load_tensors(path) if path.is_file() else {}).items():
+        statistic, _, key = name.partition("/")
+        nested.setdefault(statistic, {})[key] = value
+    return nested
+
+
+def _keep(job: Job, number: int, index: int, result: LayerResult, last: bool) -> None:
+    """Write what the layer leaves behind: its shards (last sweep) and one JSON file with everything said about it."""
+    data: dict[str, Any] = {
+        "row": result.row,
+        "seconds": {str(k): v for k, v in result.seconds.items()},
+        "resident": {str(k): v for k, v in result.resident.items()},
+    }
+    if last:
+        written = layer_output(job.model, result.original, result.weights, job.plan.output)
+        data |= write_part(job, f"layer-{index:05d}", written)
+    atomic_write(layer_file(job.run, number, index), json.dumps(data, indent=1) + "\n")

@@ -1,0 +1,308 @@
+"""One layer of one sweep: collect what the passes need, let them decide and apply, advance both streams, measure."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompress.arch.quirks import scoring
+from moecompress.estimate import resident_bytes
+from moecompress.layerstore import load_decision, load_layer, save_decision, save_layer, save_tensors
+from moecompress.measure import expert_rows, router_comparison, stream_error
+from moecompress.passes.base import Decision, LayerContext, Pass, Scope
+from moecompress.plan import Plan, Sweep
+from moecompress.rundir import RunDir
+from moecompress.stats.base import Statistic
+from moecompress.stats.routing import RoutingCounts, TokenSample
+from moecompress.stream.collect import Collector
+from moecompress.stream.layers import experts_of, filled_layer
+from moecompress.stream.model import StreamModel
+from moecompress.stream.streams import TokenRun, run_layer
+from moecompress.types import ExpertWeights, LayerWeights, Stream
+from moecompress.writing import settle
+
+PROBE = "probe"
+SAMPLE_TOKENS = 512  # real inputs per layer on which expert errors are measured
+Finished = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every layer of a run needs."""
+
+    plan: Plan
+    passes: tuple[Pass, ...]
+    run: RunDir
+    tokens: Mapping[str, TokenRun]
+    decided: dict[int, Decision] = field(default_factory=dict)  # MODEL and TRAIN decisions by position
+
+    @property
+    def model(self) -> StreamModel:
+        return self.plan.model
+
+    @property
+    def report_set(self) -> str | None:
+        """The token set on which errors are reported; None for a data-free run."""
+        names = [name for name in self.tokens if name != PROBE]
+        return "default" if "default" in names else (names[0] if names else None)
+
+    def folder(self, position: int) -> str:
+        return f"{position:02d}-{self.passes[position].name}"
+
+
+@dataclass
+class LayerResult:
+    """A processed layer. row: its report row (MoE layers, last sweep); seconds and peaks by pass position."""
+
+    original: LayerWeights
+    weights: LayerWeights
+    row: dict[str, Any] | None = None
+    seconds: dict[int, float] = field(default_factory=dict)
+    resident: dict[int, int] = field(default_factory=dict)
+
+
+class _Statistics:
+    """Finished statistics of the current layer; dropped when a pass changes what they depend on."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, Stream, str], tuple[Statistic, Mapping[str, Tensor]]] = {}
+
+    def missing(self, name: str, stream: Stream, wanted: Iterable[Statistic]) -> list[Statistic]:
+        return [item for item in wanted if self._known.get((name, stream, item.name), (None,))[0] != item]
+
+    def add(self, name: str, stream: Stream, collector: Collector) -> None:
+        values = collector.finished()
+        for item in collector.statistics:
+            self._known[(name, stream, item.name)] = (item, values[item.name])
+
+    def get(self, name: str, stream: Stream, wanted: Iterable[Statistic]) -> dict[str, Mapping[str, Tensor]]:
+        return {item.name: self._known[(name, stream, item.name)][1] for item in wanted}
+
+    def invalidate(self, changes: frozenset[str]) -> None:
+        self._known = {key: value for key, value in self._known.items() if not value[0].depends_on & changes}
+
+
+def seeded(seed: int, name: str, layer: int) -> Callable[..., torch.Generator]:
+    """Generators that depend on (seed, pass, layer[, expert]) and on nothing else."""
+
+    def make(expert: int | None = None) -> torch.Generator:
+        text = f"{seed}/{name}/{layer}/{expert}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "little"))
+
+    return make
+
+
+def process_layer(job: Job, sweep: Sweep, index: int, *, last: bool) -> LayerResult:
+    """Take one layer through the sweep's steps. The streams' next generation is written; nothing else is."""
+    original = job.model.read_layer(index)
+    statistics = _Statistics()
+    logs = _advance_original(job, sweep, original, statistics)
+    result = LayerResult(original, original)
+    kept, done = latest_stored(job, sweep.steps, original)
+    if done is not None:
+        result.weights = kept
+        for position in sweep.steps[: done + 1]:
+            statistics.invalidate(job.passes[position].changes)
+    for position in sweep.steps[0 if done is None else done + 1 :]:
+        began = time.perf_counter()
+        result.weights = _step(job, sweep, position, original, result.weights, statistics)
+        result.seconds[position] = time.perf_counter() - began
+        result.resident[position] = resident_bytes()
+    if sweep.barrier is not None:
+        _collect_for_barrier(job, sweep.barrier, result.weights, statistics)
+    if last:
+        result.weights = settle(result.weights, original, job.plan.output)
+    compressed = _advance_compressed(job, result.weights)
+    if last and original.experts:
+        result.row = _row(job, result, logs, compressed, statistics)
+    return result
+
+
+def _leading_needs(job: Job, sweep: Sweep, name: str) -> list[Statistic]:
+    """Statistics on the original stream that can be had from the one run of the unchanged layer."""
+    wanted: list[Statistic] = []
+    positions = [*sweep.steps, *([sweep.barrier] if sweep.barrier is not None else [])]
+    for position in positions:
+        step = job.passes[position]
+        if step.propagate == "original" and _set_of(job, step) == name:
+            wanted += [item for item in step.needs() if item not in wanted]
+        if step.changes:
+            break
+    return wanted
+
+
+def _set_of(job: Job, step: Pass) -> str:
+    name = getattr(step, "calibration", "default")
+    return name if name in job.tokens else (job.report_set or PROBE)
+
+
+def _advance_original(job: Job, sweep: Sweep, original: LayerWeights, statistics: _Statistics) -> Collector | None:
+    """Run the source layer on every token set; returns the collector of the report's set."""
+    site = job.model.facts.layers[original.index].site
+    report: Collector | None = None
+    for name, run in job.tokens.items():
+        collector = None
+        if site is not None:
+            wanted = _leading_needs(job, sweep, name)
+            if name == job.report_set:
+                extra: list[Statistic] = [RoutingCounts(), TokenSample(SAMPLE_TOKENS)]
+                wanted += [item for item in extra if all(item.name != known.name for known in wanted)]
+            measured = run.measured if name == job.report_set else None
+            collector = Collector(site, wanted, run.tokens.heldout, measured)
+        run_layer(job.model, original, run, "original", collector=collector)
+        if collector is not None:
+            statistics.add(name, "original", collector)
+            report = collector if name == job.report_set else report
+    return report
+
+
+def _advance_compressed(job: Job, weights: LayerWeights) -> Collector | None:
+    site = job.model.facts.layers[weights.index].site
+    report: Collector | None = None
+    for name, run in job.tokens.items():
+        collector = None
+        if site is not None and name == job.report_set:
+            report = collector = Collector(site, (), run.tokens.heldout, run.measured)
+        run_layer(job.model, weights, run, "compressed", collector=collector)
+    return report
+
+
+def _collected(job: Job, step: Pass, weights: LayerWeights, statistics: _Statistics) -> dict[str, Mapping[str, Tensor]]:
+    """The finished statistics a pass needs, running the layer as it is now when something is missing."""
+    site = job.model.facts.layers[weights.index].site
+    if site is None:
+        return {}
+    name, stream = _set_of(job, step), step.propagate
+    missing = statistics.missing(name, stream, step.needs())
+    if missing:
+        run = job.tokens[name]
+        collector = Collector(site, missing, run.tokens.heldout)
+        run_layer(job.model, weights, run, stream, collector=collector, write=False)
+        statistics.add(name, stream, collector)
+    return statistics.get(name, stream, step.needs())
+
+
+def _step(
+    job: Job, sweep: Sweep, position: int, original: LayerWeights, weights: LayerWeights, statistics: _Statistics
+) -> LayerWeights:
+    step, index = job.passes[position], weights.index
+    folder, name = job.run.decisions / job.folder(position), f"{index:05d}"
+    decision = job.decided.get(position) or load_decision(folder, name)
+    finished = _collected(job, step, weights, statistics)
+    with filled_layer(job.model, weights) as layer:
+        context = _context(job, step, layer, weights, finished)
+        if decision is None:
+            assert step.scope is Scope.LAYER
+            decision = step.decide(context)
+            save_decision(folder, name, decision)
+        changed = step.apply(context, decision)
+    if changed is not weights:
+        statistics.invalidate(step.changes)
+    if step.expensive and sweep.barrier is not None:
+        save_layer(_stored_path(job, position, index), original, changed)
+    return changed
+
+
+def _context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finished: Finished) -> LayerContext:
+    facts = job.model.facts.layers[weights.index]
+
+    def forward(candidate: ExpertWeights, inputs: Tensor) -> Tensor:
+        assert facts.site is not None
+        return experts_of(layer, facts.site.experts).run_expert(candidate, inputs)[1]
+
+    dtype = job.model.facts.dtype
+    return LayerContext(
+        facts=job.model.facts,
+        layer=facts,
+        weights=weights,
+        statistics=finished,
+        scale_dtype=dtype,
+        forward=forward,
+        generator=seeded(getattr(step, "seed", 0), step.name, weights.index),
+    )
+
+
+def _stored_path(job: Job, position: int, index: int) -> Any:
+    return job.run.path / "stored" / job.folder(position) / f"{index:05d}.safetensors"
+
+
+def latest_stored(job: Job, steps: Sequence[int], original: LayerWeights) -> tuple[LayerWeights, int | None]:
+    """The layer as the last expensive pass of an earlier sweep left it, and that pass's place in `steps`."""
+    for place in reversed(range(len(steps))):
+        kept = load_layer(_stored_path(job, steps[place], original.index), original)
+        if kept is not None:
+            return kept, place
+    return original, None
+
+
+def weights_before(job: Job, position: int) -> Callable[[int], LayerWeights]:
+    """layer index -> its weights as the passes before `position` left them, from stored layers and decisions."""
+
+    def weights(index: int) -> LayerWeights:
+        original = job.model.read_layer(index)
+        steps = tuple(range(position))
+        current, done = latest_stored(job, steps, original)
+        for step in steps[0 if done is None else done + 1 :]:
+            decision = job.decided.get(step) or load_decision(job.run.decisions / job.folder(step), f"{index:05d}")
+            assert decision is not None, "a barrier comes after every earlier pass has decided"
+            with filled_layer(job.model, current) as layer:
+                current = job.passes[step].apply(_context(job, job.passes[step], layer, current, {}), decision)
+        return current
+
+    return weights
+
+
+def _collect_for_barrier(job: Job, position: int, weights: LayerWeights, statistics: _Statistics) -> None:
+    finished = _collected(job, job.passes[position], weights, statistics)
+    flat = {f"{name}/{key}": value for name, values in finished.items() for key, value in values.items()}
+    if flat:
+        save_tensors(job.run.stats / job.folder(position) / f"{weights.index:05d}.safetensors", flat)
+
+
+def _row(
+    job: Job, result: LayerResult, before: Collector | None, after: Collector | None, statistics: _Statistics
+) -> dict[str, Any]:
+    """The report row of one MoE layer; what was not measured is None."""
+    index = result.original.index
+    facts = job.model.facts.layers[index]
+    measured: dict[str, Mapping[str, Tensor]] = {}
+    router: dict[str, float | None] = {"topk_agreement": None, "kl": None, "load_cv": None}
+    error = None
+    if before is not None and after is not None and job.report_set is not None:
+        measured = before.finished()
+        kind = scoring(job.model.config.get_text_config().model_type)
+        router.update(router_comparison(before.log.joined(), after.log.joined(), kind))
+        tokens = measured["routing_counts"]["tokens"].double()
+        router["load_cv"] = float(tokens.std(correction=0) / tokens.mean()) if float(tokens.sum()) else None
+        error = stream_error(job.tokens[job.report_set], index + 1)
+    with torch.no_grad(), filled_layer(job.model, result.original) as layer:
+        assert facts.site is not None
+        experts = experts_of(layer, facts.site.experts)
+        rows = expert_rows(
+            result.original, result.weights, lambda w, x: experts.run_expert(w, x)[1], measured, _notes(job, index)
+        )
+    return {
+        "layer": index,
+        "experts_before": len(result.original.experts),
+        "experts_after": len(result.weights.experts),
+        "router": router,
+        "output_error": error,
+        "experts": rows,
+    }
+
+
+def _notes(job: Job, index: int) -> dict[int, dict[str, Any]]:
+    """What the passes' decisions say about experts of this layer, under their `experts` key."""
+    notes: dict[int, dict[str, Any]] = {}
+    for position in range(len(job.passes)):
+        decision = job.decided.get(position) or load_decision(job.run.decisions / job.folder(position), f"{index:05d}")
+        said = decision.data.get("experts", {}) if decision is not None else {}
+        for expert, note in said.items():
+            notes.setdefault(int(expert), {}).update(note)
+    return notes

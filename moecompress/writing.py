@@ -1,0 +1,238 @@
+"""What goes into the output shards: entries, manifest rows and the native part of one layer, or of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moecompress.checkpoint.native import RecordLayout, expert_entries, linear_entries
+from moecompress.checkpoint.native_config import ExpertsLayout
+from moecompress.checkpoint.writer import Buffer, Entry, copy_entry, tensor_entry
+from moecompress.numerics.grids import dequantize
+from moecompress.stream.expert_source import OutTensor, dense_tensors
+from moecompress.stream.mapping import Assembly, disassemble
+from moecompress.stream.model import StreamModel
+from moecompress.types import ExpertWeights, LayerWeights, QuantizedTensor, Weight
+
+Format = Literal["dense", "native"]
+
+
+@dataclass
+class Written:
+    """Parts of the output that one layer (or the rest of the model) makes.
+
+    manifest: source tensor -> {action, bits, group_size, outputs}. experts, linears: for the native config block.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    manifest: dict[str, dict[str, Any]] = field(default_factory=dict)
+    experts: dict[str, ExpertsLayout] = field(default_factory=dict)
+    linears: dict[str, RecordLayout] = field(default_factory=dict)
+
+    def note(self, keys: Iterable[str], action: str, outputs: Sequence[str], weight: Weight | None = None) -> None:
+        """Account for source tensors."""
+        scheme = weight.scheme if isinstance(weight, QuantizedTensor) else None
+        row = {
+            "action": action,
+            "bits": scheme.bits if scheme else None,
+            "group_size": scheme.group_size if scheme else None,
+            "outputs": list(outputs),
+        }
+        for key in keys:
+            self.manifest[key] = row
+
+
+def settle(weights: LayerWeights, original: LayerWeights, output: Format) -> LayerWeights:
+    """The layer as it will be read back: changed tensors rounded once to the stored dtype, dense output dequantized."""
+
+    def settled(value: Weight, dtype: torch.dtype) -> Weight:
+        if isinstance(value, QuantizedTensor):
+            return dequantize(value, torch.float32).to(dtype) if output == "dense" else value
+        return value.to(dtype) if value.is_floating_point() else value
+
+    tensors = {}
+    for name, value in weights.tensors.items():
+        before = original.tensors[name]
+        tensors[name] = value if value is before else settled(value, _dtype(before))
+    if not original.experts:
+        return LayerWeights(weights.index, tensors)
+    dtype = _dtype(original.experts[0].gate_up)
+    experts = tuple(
+        ExpertWeights(
+            settled(expert.gate_up, dtype),
+            settled(expert.down, dtype),
+            None if expert.gate_up_bias is None else expert.gate_up_bias.to(_dtype(original.experts[0].gate_up_bias)),
+            None if expert.down_bias is None else expert.down_bias.to(_dtype(original.experts[0].down_bias)),
+        )
+        for expert in weights.experts
+    )
+    return LayerWeights(weights.index, tensors, experts)
+
+
+def _dtype(value: Weight | None) -> torch.dtype:
+    if value is None:
+        return torch.float32
+    return value.dtype if isinstance(value, Tensor) else value.scales.dtype
+
+
+def layer_output(model: StreamModel, original: LayerWeights, weights: LayerWeights, output: Format) -> Written:
+    """Entries of one layer, expert-major. `weights` must be settled."""
+    facts = model.facts.layers[weights.index]
+    written = Written()
+    if facts.site is not None:
+        prefix = f"{facts.name}.{facts.site.experts}"
+        if _same_experts(original, weights):
+            _copy(model, model.expert_sources[facts.index].checkpoint_keys, written)
+        elif output == "native":
+            _records(model, prefix, weights, written)
+        else:
+            _dense_experts(model, weights, written)
+    done: set[int] = set()
+    for name in facts.roles:
+        assembly = model.key_map.assemblies[f"{facts.name}.{name}"]
+        if id(assembly) not in done:
+            done.add(id(assembly))
+            _assembly(model, assembly, facts.name, original, weights, written)
+    return written
+
+
+def _same_experts(original: LayerWeights, weights: LayerWeights) -> bool:
+    pairs = zip(original.experts, weights.experts, strict=False)
+    return len(original.experts) == len(weights.experts) and all(
+        a.gate_up is b.gate_up and a.down is b.down for a, b in pairs
+    )
+
+
+def _copy(model: StreamModel, keys: Iterable[str], written: Written) -> None:
+    """Byte for byte, except that FP8 blocks (whose scales the plain formats cannot carry) become bfloat16."""
+    for key in keys:
+        info = model.index.tensors[key]
+        if model.reader.logical_dtype(key) == info.dtype:
+            written.entries.append(copy_entry(model.reader, key))
+            written.note([key], "copy", [key])
+        else:
+            written.entries.append(Entry(key, torch.bfloat16, info.shape, partial(_read_bytes, model, key)))
+            written.note([key, f"{key}_scale_inv"], "dequantize", [key])
+
+
+def _read_bytes(model: StreamModel, key: str) -> Iterable[Buffer]:
+    return tensor_entry(key, model.reader.read(key)).data()
+
+
+def _records(model: StreamModel, prefix: str, weights: LayerWeights, written: Written) -> None:
+    facts = model.facts.layers[weights.index]
+    site, source = facts.site, model.expert_sources[weights.index]
+    assert site is not None
+    layouts, entries = expert_entries(prefix, weights.experts)
+    written.entries += entries
+    written.experts[prefix] = ExpertsLayout(len(weights.experts), layouts)
+    outputs = [entry.name for entry in entries]
+    for name, part in source.projections.items():
+        action = "quantize" if isinstance(weights.experts[0].projection(name), QuantizedTensor) else "rewrite"
+        if part.kind == "per_expert" and len(part.keys) == len(weights.experts):
+            for keys, expert in zip(part.keys, weights.experts, strict=True):
+                written.note(keys, action, outputs, expert.projection(name))
+        else:
+            written.note(part.assembly.keys, action, outputs, weights.experts[0].projection(name))
+    for name, assembly in source.biases.items():
+        biases = [e.gate_up_bias if name == "gate_up" else e.down_bias for e in weights.experts]
+        stacked = torch.stack([bias for bias in biases if bias is not None])
+        _write_dense(model, assembly, {assembly.targets[0]: stacked}, "copy", written)
+    _note_companions(model, source.checkpoint_keys, written)
+
+
+def _dense_experts(model: StreamModel, weights: LayerWeights, written: Written) -> None:
+    source = model.expert_sources[weights.index]
+    made = dense_tensors(source, weights.experts, lambda weight: weight, model.skeleton)
+    written.entries += [_out_entry(tensor) for tensor in made]
+    kept = {tensor.key for tensor in made}
+    for key in source.checkpoint_keys:
+        if key in kept:
+            written.note([key], "rewrite", [key])
+        else:
+            written.note([key], "drop", [])
+    _note_companions(model, source.checkpoint_keys, written)
+
+
+def _out_entry(tensor: OutTensor) -> Entry:
+    def data() -> Iterator[Buffer]:
+        for part in tensor.parts():
+            yield from tensor_entry(tensor.key, part).data()
+
+    return Entry(tensor.key, tensor.dtype, tensor.shape, data)
+
+
+def _assembly(
+    model: StreamModel,
+    assembly: Assembly,
+    layer: str,
+    original: LayerWeights,
+    weights: LayerWeights,
+    written: Written,
+) -> None:
+    """One group of non-expert tensors: copied when untouched, records when quantized, else rewritten."""
+    values = {target: weights.tensors[target.removeprefix(layer + ".")] for target in assembly.targets}
+    before = {target: original.tensors[target.removeprefix(layer + ".")] for target in assembly.targets}
+    if all(values[target] is before[target] for target in values):
+        _copy(model, assembly.keys, written)
+        return
+    if not any(isinstance(value, QuantizedTensor) for value in values.values()):
+        dense = {target: value for target, value in values.items() if isinstance(value, Tensor)}
+        _write_dense(model, assembly, dense, "rewrite", written)
+        _note_companions(model, assembly.keys, written)
+        return
+    outputs: list[str] = []
+    for target, value in values.items():
+        if isinstance(value, QuantizedTensor):
+            module = target.removesuffix(".weight")
+            layout, entries = linear_entries(module, value)
+            written.linears[module] = layout
+        else:
+            entries = (tensor_entry(target, value),)
+        written.entries += entries
+        outputs += [entry.name for entry in entries]
+    quantized = next(value for value in values.values() if isinstance(value, QuantizedTensor))
+    written.note(assembly.keys, "quantize", outputs, quantized)
+    _note_companions(model, assembly.keys, written)
+
+
+def _write_dense(
+    model: StreamModel, assembly: Assembly, values: Mapping[str, Tensor], action: str, written: Written
+) -> None:
+    made = disassemble(assembly, values, model.skeleton)
+    written.entries += [tensor_entry(key, value) for key, value in made.items()]
+    written.note(assembly.keys, action, list(made))
+
+
+def _note_companions(model: StreamModel, keys: Iterable[str], written: Written) -> None:
+    for key in keys:
+        if model.reader.logical_dtype(key) != model.index.tensors[key].dtype:
+            written.note([f"{key}_scale_inv"], "consume", [])
+
+
+def outer_output(model: StreamModel, inside: Callable[[str], bool]) -> Written:
+    """Everything outside the decoder layers (embedding, head, vision, multi-token prediction): copied.
+
+    inside: whether a checkpoint tensor belongs to a decoder layer.
+    """
+    written = Written()
+    _copy(model, [key for key in model.reader.names() if not inside(key)], written)
+    return written
+
+
+def split_entries(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """Entries in order, in groups of at most `limit` bytes (a larger tensor is alone)."""
+    groups: list[list[Entry]] = []
+    size = 0
+    for entry in entries:
+        if not groups or size + entry.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.nbytes
+    return groups
