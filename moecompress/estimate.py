@@ -7,9 +7,8 @@ the measured peak.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -23,10 +22,6 @@ from moecompress.writing import Format
 
 _WRITE_RATE = 400e6  # bytes per second, a modest disk
 _ROUND_RATE = 25e6  # weights per second per thread through an MSE grid search
-
-
-class SweepLike(Protocol):
-    steps: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def estimate(
     owned: Mapping[str, Owner],
     schemes: Mapping[int, Mapping[str, Scheme]],
     output: Format,
-    sweeps: Sequence[SweepLike],
+    sweeps: int,
     batch_tokens: int,
     probe_tokens: int,
 ) -> Estimate:
@@ -82,7 +77,7 @@ def estimate(
         peak_bytes=sum(parts.values()),
         disk_bytes=int(out_bytes * 1.02) + stores + (64 << 20),
         output_bytes=out_bytes,
-        seconds=_seconds(model, sum(tokens), len(sweeps), out_bytes),
+        seconds=_seconds(model, sum(tokens), sweeps, out_bytes),
         expert_bits_per_weight=sum(bits for _, bits in codes) / expert_weights if expert_weights else None,
         total_bits_per_weight=8 * weights / total_weights,
         component_bytes=component,

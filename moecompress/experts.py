@@ -29,7 +29,7 @@ class ExpertObserver(Protocol):
     def on_expert(
         self, expert: int, rows: Tensor, weights: Tensor, inputs: Tensor, intermediate: Tensor, outputs: Tensor
     ) -> None:
-        """rows int64 [n], weights [n], inputs [n, H], intermediate [n, I] (input of down), outputs [n, H] unweighted."""
+        """rows int64 [n], weights [n], inputs [n, H], intermediate [n, I], unweighted outputs [n, H]."""
 
 
 def materialise(weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -62,8 +62,6 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
     """One line for every value that is not the same: `versions.torch: 2.12 before, 2.13 now`."""
-    if before == now and type(before) is type(now):
-        return []
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]
         inner = ((before.get(k, _ABSENT), now.get(k, _ABSENT), f"{path}.{k}" if path else str(k)) for k in keys)
@@ -71,4 +69,5 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         rows = enumerate(zip(before, now, strict=True))
         return [line for i, (old, new) in rows for line in differences(old, new, f"{path}[{i}]")]
-    return [f"{path}: {before} before, {now} now"]
+    same = before == now and type(before) is type(now)  # 1 is not true
+    return [] if same else [f"{path}: {before} before, {now} now"]

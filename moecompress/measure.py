@@ -109,7 +109,7 @@ def _error(
 
 
 def _bits(expert: ExpertWeights) -> dict[str, int]:
-    found = {}
+    found: dict[str, int] = {}
     for name in PROJECTIONS:
         weight = expert.projection(name)
         found[name] = weight.scheme.bits if isinstance(weight, QuantizedTensor) else 16

@@ -94,7 +94,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     problems += _calibration_problems(recipe, passes, root)
     problems += _output_problems(recipe)
     owned = owners(model)
-    cost = estimate(recipe, model, owned, schemes, output, cut_sweeps(passes), BATCH_TOKENS, PROBE_TOKENS)
+    cost = estimate(recipe, model, owned, schemes, output, len(cut_sweeps(passes)), BATCH_TOKENS, PROBE_TOKENS)
     problems += _resource_problems(recipe, cost, memory)
     if not recipe.calibration:
         warnings.append("no calibration: token counts and held-out errors are not measured")

@@ -96,12 +96,12 @@ class LiveProgress(NoProgress):
         from rich.progress import Progress as Bar
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         self._bar: RichBar = Bar(*columns, console=Console(file=stream), speed_estimate_period=600)
         self._task: TaskID | None = None
@@ -135,7 +135,8 @@ def duration(seconds: float) -> str:
     """4.2 s, 3 min 12 s, 2 h 05 min."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -77,7 +77,7 @@ def run(
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Within the context SIGTERM and Ctrl-C are remembered instead of obeyed; the yielded function tells."""
     seen: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, lambda received, _frame: seen.append(received))

@@ -15,7 +15,7 @@ from moecompress.arch.quirks import scoring
 from moecompress.estimate import resident_bytes
 from moecompress.layerstore import load_decision, load_layer, save_decision, save_layer, save_tensors
 from moecompress.measure import expert_rows, router_comparison, stream_error
-from moecompress.passes.base import Decision, LayerContext, Pass, Scope
+from moecompress.passes.base import Decision, LayerContext, Pass, RowsToHidden, Scope
 from moecompress.plan import Plan, Sweep
 from moecompress.rundir import RunDir
 from moecompress.stats.base import Statistic
@@ -180,10 +180,11 @@ def _collected(job: Job, step: Pass, weights: LayerWeights, statistics: _Statist
         return {}
     name, stream = _set_of(job, step), step.propagate
     missing = statistics.missing(name, stream, step.needs())
-    if missing:
+    if missing or step.needs_block_error:
         run = job.tokens[name]
         collector = Collector(site, missing, run.tokens.heldout)
-        run_layer(job.model, weights, run, stream, collector=collector, write=False)
+        keep = step.needs_block_error and stream == "compressed"  # overwritten when the finished layer runs
+        run_layer(job.model, weights, run, stream, collector=collector, write=keep)
         statistics.add(name, stream, collector)
     return statistics.get(name, stream, step.needs())
 
@@ -216,6 +217,10 @@ def _context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finished: 
         assert facts.site is not None
         return experts_of(layer, facts.site.experts).run_expert(candidate, inputs)[1]
 
+    def activate(projected: Tensor) -> Tensor:
+        assert facts.site is not None
+        return experts_of(layer, facts.site.experts).activate(projected)
+
     dtype = job.model.facts.dtype
     return LayerContext(
         facts=job.model.facts,
@@ -224,8 +229,33 @@ def _context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finished: 
         statistics=finished,
         scale_dtype=dtype,
         forward=forward,
+        activate=activate,
+        block_error=_block_error(job, step, weights.index),
         generator=seeded(getattr(step, "seed", 0), step.name, weights.index),
     )
+
+
+def _block_error(job: Job, step: Pass, index: int) -> RowsToHidden:
+    """Reads both streams' outputs of this layer for global token rows (sequence * T + t)."""
+    if not step.needs_block_error:
+        return _no_block_error
+    run = job.tokens[_set_of(job, step)]
+    original, compressed = run.store("original", index + 1), run.store("compressed", index + 1)
+    length = run.tokens.ids.shape[1]
+
+    def error(rows: Tensor) -> Tensor:
+        out = torch.empty(rows.numel(), *run.row_shape[1:])
+        for sequence in torch.unique(rows // length).tolist():
+            at = rows // length == sequence
+            steps = rows[at] % length
+            out[at] = (original.read(sequence, sequence + 1) - compressed.read(sequence, sequence + 1))[0, steps]
+        return out
+
+    return error
+
+
+def _no_block_error(rows: Tensor) -> Tensor:
+    raise LookupError("block_error: the pass does not set needs_block_error")
 
 
 def _stored_path(job: Job, position: int, index: int) -> Any:
@@ -271,7 +301,7 @@ def _row(
     """The report row of one MoE layer; what was not measured is None."""
     index = result.original.index
     facts = job.model.facts.layers[index]
-    measured: dict[str, Mapping[str, Tensor]] = {}
+    measured: Finished = {}
     router: dict[str, float | None] = {"topk_agreement": None, "kl": None, "load_cv": None}
     error = None
     if before is not None and after is not None and job.report_set is not None:

@@ -14,9 +14,7 @@ from moecompress.types import QuantizedTensor, Scheme
 
 Order = Literal["none", "act", "gar"]
 
-_LEAF = (
-    16  # columns rounded one after another before their errors reach further columns in one matrix product
-)
+_LEAF = 16  # columns rounded one after another before their errors reach further columns in one matrix product
 _ATTEMPTS = 24  # doublings of the damping before the Hessian counts as broken
 
 

@@ -42,6 +42,7 @@ class Decision:
 
 
 Forward = Callable[[ExpertWeights, Tensor], Tensor]
+RowsToHidden = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ class LayerContext:
 
     weights: the layer as the passes before left it. statistics: finished, by name, on the pass's stream.
     forward: one expert with candidate weights on inputs [n, H] -> outputs [n, H], by the family's own activation.
+    activate: the expert's activation, [n, 2I] (or [n, I]) -> [n, I], differentiable.
     scale_dtype: the dtype in which scales are stored. generator: independent of order and of resuming.
+    block_error: rows int64 [m] (global token positions) -> float32 [m, H], the original stream's layer output minus the
+    compressed stream's with the weights of this context: what a better layer could still make up for. Only for
+    passes that set `needs_block_error`; raises LookupError otherwise.
     """
 
     facts: ModelFacts
@@ -59,7 +64,9 @@ class LayerContext:
     statistics: Mapping[str, Mapping[str, Tensor]]
     scale_dtype: torch.dtype
     forward: Forward
+    activate: Callable[[Tensor], Tensor]
     generator: Callable[..., torch.Generator]
+    block_error: RowsToHidden
 
     def evaluate(self, expert: int, candidate: ExpertWeights) -> float | None:
         """Relative squared output error of a candidate for one expert on the layer's token sample (`token_sample`).
@@ -114,6 +121,7 @@ class Pass(BaseModel):
     changes: ClassVar[frozenset[str]]
     propagate: ClassVar[Stream] = "compressed"
     expensive: ClassVar[bool] = False  # a finished layer is stored at a barrier instead of applying again
+    needs_block_error: ClassVar[bool] = False  # LAYER passes that learn from the layer's output error
 
     def needs(self) -> tuple[Statistic, ...]:
         """Statistics this pass reads; empty = data-free."""

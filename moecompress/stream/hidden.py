@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class HiddenStore:
         """Rows start : start + len(values). values: float32 [n, T, ...]. Raises Stopped when the disk is full."""
         if tuple(values.shape[1:]) != self.shape[1:] or start + values.shape[0] > self.shape[0]:
             raise ValueError(message(self.path.name, f"rows {tuple(values.shape)} at {start}", f"inside {self.shape}"))
-        view = memoryview(values.detach().to(_DTYPE).contiguous().numpy()).cast("B")
+        view = _bytes(values.detach().to(_DTYPE).contiguous())
         with open(self.path, "r+b") as file:
             done, offset = 0, start * self._row
             while done < len(view):
@@ -55,7 +56,7 @@ class HiddenStore:
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start : stop, float32 [n, T, ...]."""
         values = torch.empty((stop - start, *self.shape[1:]), dtype=_DTYPE)
-        view = memoryview(values.numpy()).cast("B")
+        view = _bytes(values)
         with open(self.path, "rb") as file:
             done, offset = 0, start * self._row
             while done < len(view):
@@ -67,3 +68,8 @@ class HiddenStore:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _bytes(values: Tensor) -> memoryview:
+    array: Any = values.numpy()
+    return memoryview(array).cast("B")

@@ -49,6 +49,7 @@ def _swap(layer: nn.Module, name: str, value: Tensor) -> Tensor:
     """Put `value` in place of a parameter or buffer; returns what was there."""
     parent, _, leaf = name.rpartition(".")
     owner = layer.get_submodule(parent) if parent else layer
+    before: Tensor | None
     if leaf in owner._parameters:
         before = owner._parameters[leaf]
         held = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)

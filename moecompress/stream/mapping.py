@@ -70,7 +70,7 @@ def build_key_map(model: Any, keys: Iterable[str]) -> KeyMap:
     assemblies: dict[str, Assembly] = {}
     for first, pairs in sources.items():
         converter = chosen[first]
-        targets = (first,)
+        targets: tuple[str, ...] = (first,)
         if converter is not None:
             head = converter.target_patterns[0]
             targets = tuple(first.replace(head, other) for other in converter.target_patterns)

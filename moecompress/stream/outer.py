@@ -68,7 +68,8 @@ def _lazy_module(module: nn.Module, names: dict[str, str], read: Read) -> Callab
 
     def drop(*_: Any) -> None:
         for key, value in empty.items():
-            (module._parameters if key in module._parameters else module._buffers)[key] = value  # type: ignore[index]
+            held: Any = module._parameters if key in module._parameters else module._buffers
+            held[key] = value
 
     handles = [module.register_forward_pre_hook(load), module.register_forward_hook(drop, always_call=True)]
 
@@ -95,7 +96,7 @@ def _lazy_embedding(module: nn.Embedding, name: str, read: Read, held: dict[str,
         finally:
             module._parameters["weight"], module.padding_idx = empty, padding
 
-    module.forward = forward  # type: ignore[method-assign]
+    setattr(module, "forward", forward)  # noqa: B010 - an instance attribute, undone below
     return lambda: module.__dict__.pop("forward", None)
 
 
@@ -114,5 +115,5 @@ def _chunked_linear(
         ]
         return torch.cat(blocks, dim=-1)
 
-    module.forward = forward  # type: ignore[method-assign]
+    setattr(module, "forward", forward)  # noqa: B010 - an instance attribute, undone below
     return lambda: module.__dict__.pop("forward", None)

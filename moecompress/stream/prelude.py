@@ -7,7 +7,7 @@ states. So masks, rotary tables, embedding scales, final norms and soft caps nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class LayerCall:
 
 
 @contextmanager
-def replaced_layers(layers: Sequence[nn.Module], make: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+def replaced_layers(layers: nn.ModuleList, make: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
     """Within the context, layer i's forward is `make(i)`."""
     try:
         for index, layer in enumerate(layers):
@@ -38,7 +38,7 @@ def replaced_layers(layers: Sequence[nn.Module], make: Callable[[int], Callable[
             layer.__dict__.pop("forward", None)
 
 
-def record(model: Any, layers: Sequence[nn.Module], ids: Tensor) -> tuple[Tensor, tuple[LayerCall, ...]]:
+def record(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[Tensor, tuple[LayerCall, ...]]:
     """Hidden states entering layer 0 (float32 [B, T, ...]) and the call of every layer, for ids int64 [B, T].
 
     Raises UnsupportedModel when a layer is not called exactly once with its hidden states first, or when the layers
@@ -82,7 +82,7 @@ def share_equal(call: LayerCall, reference: LayerCall) -> LayerCall:
     return LayerCall(args, {k: shared(v, reference.kwargs.get(k)) for k, v in call.kwargs.items()})
 
 
-def logits(model: Any, layers: Sequence[nn.Module], ids: Tensor, hidden: Tensor) -> Tensor:
+def logits(model: Any, layers: nn.ModuleList, ids: Tensor, hidden: Tensor) -> Tensor:
     """Logits float32 [B, T, V] for the hidden states that left the last layer, by the model's own head.
 
     Gradients flow to `hidden` when they are enabled.
