@@ -83,8 +83,11 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: perplexity on texts, and its distance from a reference."""
     from moecompress.evaluate import evaluate_dir
+    from moecompress.progress import open_progress
 
-    result = evaluate_dir(directory, tuple(perplexity or ()), reference, windows=windows, length=length)
+    texts = tuple(perplexity or ())
+    with open_progress(sys.stderr) as progress:
+        result = evaluate_dir(directory, texts, reference, windows=windows, length=length, progress=progress)
     typer.echo(_json(result) if as_json else _evaluation(result))
 
 

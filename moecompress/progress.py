@@ -64,7 +64,7 @@ class PlainProgress(NoProgress):
         self._title, self._total, self._done, self._first = title, total, done, done
         self._begin = self._last = self._clock()
         again = f", {done} done before" if done else ""
-        self._line(f"{title}: {total} steps{again}")
+        self._line(f"{title}: {total} {'step' if total == 1 else 'steps'}{again}")
 
     def step(self, text: str) -> None:
         now = self._clock()
