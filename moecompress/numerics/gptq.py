@@ -15,7 +15,7 @@ from moecompress.types import QuantizedTensor, Scheme
 Order = Literal["none", "act", "gar"]
 
 _LEAF = 16  # columns rounded one after another before their errors reach further columns in one matrix product
-_ATTEMPTS = 24  # doublings of the damping before the Hessian counts as broken
+_MOST_DAMPING = 10.0  # of the mean diagonal; a sum of x x^T needs far less, whatever rounding did to it
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def gptq(
     delta: sum (x' - x) x^T [in, in] where W was meant for inputs x' but will see x: the aim becomes the least squares
     answer W + W delta H^-1 (of which the asymmetric term of GPTAQ, 2504.02692, is a column-by-column approximation).
 
-    A column whose input was always 0 has no say in the grid and is rounded to nearest. A Hessian of zeros means no data:
-    exactly `round_to_nearest` with the same grid rule, loss 0, damping 0.
+    A column whose input was always 0 has no say in the grid and is rounded to nearest. A Hessian of zeros means no
+    data: exactly `round_to_nearest` with the same grid rule, loss 0, damping 0.
     Raises ValueError for shapes that do not fit, a Hessian that is not finite or not positive semidefinite, `act` with
     several groups per row unless `static_groups`, and what `find_grid` refuses.
     """
@@ -213,7 +213,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     without forming the inverse matrix and factoring again. Raises ValueError when no damping is enough.
     """
     eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    for _ in range(_ATTEMPTS):
+    while damping <= _MOST_DAMPING:
         lower, failed = torch.linalg.cholesky_ex((hessian + damping * eye).flip(0, 1))
         if not int(failed):
             inverse = torch.linalg.solve_triangular(lower, eye, upper=False)

@@ -72,10 +72,7 @@ def test_values_are_nearest_and_match_the_definition(scheme: Scheme, rule: GridR
         assert values[row, column].item() == pytest.approx(_value(q, row, column), rel=1e-6, abs=1e-12)
         one = [torch.full_like(q.codes, u) for u in range(1 << scheme.bits)]
         distances = [
-            abs(
-                weight[row, column].item()
-                - _value(QuantizedTensor(c, q.scales, q.zeros, scheme), row, column)
-            )
+            abs(weight[row, column].item() - _value(QuantizedTensor(c, q.scales, q.zeros, scheme), row, column))
             for c in (one if scheme.bits < 8 else ())
         ]
         if distances:
@@ -109,9 +106,7 @@ def test_minmax_is_the_formula(scheme: Scheme) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_minmax_scales_equal_compressed_tensors(bits: int) -> None:
     utils = pytest.importorskip("compressed_tensors.quantization.utils")
-    args = pytest.importorskip("compressed_tensors.quantization").QuantizationArgs(
-        num_bits=bits, symmetric=True
-    )
+    args = pytest.importorskip("compressed_tensors.quantization").QuantizationArgs(num_bits=bits, symmetric=True)
     weight = _weight().view(6, 3, 8)
     theirs, _ = utils.calculate_qparams(weight.amin(-1), weight.amax(-1), args)
     ours = find_grid(weight.view(6, 24), Scheme(bits, 8), "minmax", torch.float32).scales
@@ -186,9 +181,7 @@ def test_binary_is_optimal(seed: int, weighted: bool) -> None:
         s = (h * w * c).sum() / (h * c * c).sum()
         least = min(least, (h * (w - s * c) ** 2).sum().item())
     weight, scheme = w.float()[None], Scheme(1, 6, binary=True)
-    q = round_to_nearest(
-        weight, scheme, scale_dtype=torch.float32, importance=h.float() if weighted else None
-    )
+    q = round_to_nearest(weight, scheme, scale_dtype=torch.float32, importance=h.float() if weighted else None)
     assert (h * (w - dequantize(q, torch.float64)[0]) ** 2).sum().item() == pytest.approx(least, rel=1e-5)
 
 
@@ -235,12 +228,8 @@ def test_importance_helps_where_it_lies(scheme: Scheme) -> None:
     assert torch.equal(none.scales, find_grid(weight, scheme, "mse").scales)
 
 
-@pytest.mark.parametrize(
-    "scheme", [Scheme(4, 8), Scheme(3, -1), Scheme(4, 8, False, "int"), BINARY], ids=_name
-)
-def test_rows_are_independent_of_each_other_and_of_chunks(
-    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("scheme", [Scheme(4, 8), Scheme(3, -1), Scheme(4, 8, False, "int"), BINARY], ids=_name)
+def test_rows_are_independent_of_each_other_and_of_chunks(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, h = _weight(7), torch.rand(24)
     whole = round_to_nearest(weight, scheme, grid="mse", importance=h)
     monkeypatch.setattr(grids, "_CHUNK", 50)  # two rows at a time

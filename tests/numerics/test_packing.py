@@ -25,9 +25,7 @@ def _stream(row: list[int], bits: int) -> bytes:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    bits=st.sampled_from(BITS), rows=st.integers(1, 5), columns=st.integers(1, 100), seed=st.integers(0, 999)
-)
+@given(bits=st.sampled_from(BITS), rows=st.integers(1, 5), columns=st.integers(1, 100), seed=st.integers(0, 999))
 def test_matches_integer_stream_and_round_trips(bits: int, rows: int, columns: int, seed: int) -> None:
     codes = _random_codes(rows, columns, bits, seed)
     packed = pack_codes(codes, bits)

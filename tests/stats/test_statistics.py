@@ -84,9 +84,7 @@ def _collect(statistic: Statistic, *parts: Data) -> State:
 def _assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for key in a:
-        torch.testing.assert_close(
-            a[key], b[key], rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
-        )
+        torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("statistic", STATISTICS, ids=IDS)
@@ -112,9 +110,7 @@ def test_merging_is_having_seen_both(statistic: Statistic) -> None:
     _assert_equal(merge(statistic, merge(statistic, sc, sa), sb), whole)
     _assert_equal(merge(statistic, whole, statistic.init(SITE)), whole)
     _assert_equal(sa, kept)
-    _assert_equal(
-        statistic.finalise(merge(statistic, merge(statistic, sb, sa), sc)), statistic.finalise(whole)
-    )
+    _assert_equal(statistic.finalise(merge(statistic, merge(statistic, sb, sa), sc)), statistic.finalise(whole))
 
 
 @pytest.mark.parametrize("statistic", STATISTICS, ids=IDS)
@@ -138,9 +134,7 @@ def test_relabelling_experts_relabels_the_result(statistic: Statistic) -> None:
 def test_states_are_static_sorted_and_declared(statistic: Statistic) -> None:
     empty, full = statistic.init(SITE), _collect(statistic, _data())
     assert list(empty) == sorted(statistic.reduce) == list(full)
-    assert {key: value.dtype for key, value in empty.items()} == {
-        key: value.dtype for key, value in full.items()
-    }
+    assert {key: value.dtype for key, value in empty.items()} == {key: value.dtype for key, value in full.items()}
     assert all(torch.isfinite(value).all() for value in statistic.finalise(empty).values())
     assert statistic.depends_on <= {"activations", "attention", "experts", "norms", "router"}
     with pytest.raises(ValueError, match="state keys"):
