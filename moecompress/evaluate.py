@@ -94,7 +94,7 @@ def token_sets(
     made: list[TokenSet] = []
     for ref in texts:
         text = resolve_text(ref).replace(f"{SEPARATOR}\n", "")[:characters]
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if ids.numel() and int(ids.max()) >= vocab_size:
             raise CalibrationError(message(ref, f"token id {int(ids.max())}", f"0..{vocab_size - 1}"))
         name = ref if ":" in ref else Path(ref).stem

@@ -16,12 +16,12 @@ import torch
 from moecompress.checkpoint.native_config import NativeConfig
 from moecompress.checkpoint.writer import ShardRecord, atomic_write, write_index
 from moecompress.errors import CoverageError, OutputError, message
+from moecompress.job import PROBE, Job
 from moecompress.layerstore import save_tensors
 from moecompress.parts import layer_file, outer_part
 from moecompress.progress import Progress
 from moecompress.recipe import resolved_yaml
 from moecompress.stream.streams import final_logits
-from moecompress.sweep import PROBE, Job
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _NOT_COPIED = ("README.md", "config.json", ".gitattributes", ".gitignore")

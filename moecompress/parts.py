@@ -7,8 +7,8 @@ from typing import Any
 
 from moecompress.checkpoint.native_config import NativeConfig
 from moecompress.checkpoint.writer import write_shard
+from moecompress.job import Job
 from moecompress.rundir import RunDir
-from moecompress.sweep import Job
 from moecompress.writing import Written, outer_output, split_entries
 
 

@@ -154,8 +154,10 @@ def _calibration_problems(recipe: Recipe, passes: tuple[Pass, ...], root: Path) 
 
     problems = []
     for name, spec in recipe.calibration.items():
+        if spec.source not in ("text", "jsonl", "tokens"):
+            continue
         try:
-            required_files(spec, f"calibration '{name}'")  # type: ignore[arg-type]
+            required_files(spec, f"calibration '{name}'")
         except MoecompressError as error:
             problems.append(str(error))
     texts = [spec for spec in recipe.calibration.values() if spec.source != "tokens"]

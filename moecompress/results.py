@@ -13,10 +13,10 @@ import torch
 from moecompress.checkpoint.writer import ShardRecord
 from moecompress.evaluate import BACKEND, evaluate_dir
 from moecompress.fingerprint import versions
+from moecompress.job import PROBE, Job
 from moecompress.progress import Progress
 from moecompress.recipe import recipe_data
 from moecompress.report import Report
-from moecompress.sweep import PROBE, Job
 
 
 def evaluate_output(job: Job, progress: Progress) -> None:

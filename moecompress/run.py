@@ -19,6 +19,7 @@ from moecompress.checkpoint.writer import atomic_write
 from moecompress.errors import RecipeError, Stopped, message
 from moecompress.fingerprint import fingerprint
 from moecompress.finish import finish
+from moecompress.job import PROBE, Job, LayerResult, seeded
 from moecompress.layerstore import load_decision, load_tensors, save_decision
 from moecompress.parts import layer_file, write_part
 from moecompress.passes.base import Decision, ModelContext, Scope
@@ -28,7 +29,7 @@ from moecompress.recipe import Recipe
 from moecompress.rundir import open_run
 from moecompress.stream.streams import start_run
 from moecompress.stream.train import TrainContext
-from moecompress.sweep import PROBE, Job, LayerResult, process_layer, seeded, weights_before
+from moecompress.sweep import process_layer, weights_before
 from moecompress.types import TokenSet
 from moecompress.writing import layer_output
 
@@ -57,11 +58,10 @@ def run(
         stop_requests() as stop,
         open_run(recipe.out, fingerprint(recipe, plan.root), resume=resume, restart=restart) as folder,
     ):
+        # nothing is saved before the first layer is done: an error until then leaves no run directory
         cursor = folder.load_cursor() or {"sweep": 0, "layer": 0, "resumed": -1, "seconds": 0.0, "peak": 0}
         cursor["resumed"] += 1
         cursor["before"] = cursor["seconds"]
-        cursor["peak"] = max(cursor["peak"], peak_resident())
-        folder.save_cursor(cursor)
         job = Job(plan, passes_of(recipe), folder, {})
         _start_tokens(job, cursor, shown)
         for number, sweep in enumerate(plan.sweeps):

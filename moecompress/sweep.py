@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,95 +11,24 @@ from torch import Tensor
 
 from moecompress.arch.quirks import scoring
 from moecompress.estimate import resident_bytes
+from moecompress.job import PROBE, SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, seeded
 from moecompress.layerstore import load_decision, load_layer, save_decision, save_layer, save_tensors
 from moecompress.measure import expert_rows, router_comparison, stream_error
-from moecompress.passes.base import Decision, LayerContext, Pass, RowsToHidden, Scope
-from moecompress.plan import Plan, Sweep
-from moecompress.rundir import RunDir
+from moecompress.passes.base import LayerContext, Pass, RowsToHidden, Scope
+from moecompress.plan import Sweep
 from moecompress.stats.base import Statistic
 from moecompress.stats.routing import RoutingCounts, TokenSample
 from moecompress.stream.collect import Collector
 from moecompress.stream.layers import experts_of, filled_layer
-from moecompress.stream.model import StreamModel
-from moecompress.stream.streams import TokenRun, run_layer
-from moecompress.types import ExpertWeights, LayerWeights, Stream
+from moecompress.stream.streams import run_layer
+from moecompress.types import ExpertWeights, LayerWeights
 from moecompress.writing import settle
-
-PROBE = "probe"
-SAMPLE_TOKENS = 512  # real inputs per layer on which expert errors are measured
-Finished = Mapping[str, Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every layer of a run needs."""
-
-    plan: Plan
-    passes: tuple[Pass, ...]
-    run: RunDir
-    tokens: Mapping[str, TokenRun]
-    decided: dict[int, Decision] = field(default_factory=dict)  # MODEL and TRAIN decisions by position
-
-    @property
-    def model(self) -> StreamModel:
-        return self.plan.model
-
-    @property
-    def report_set(self) -> str | None:
-        """The token set on which errors are reported; None for a data-free run."""
-        names = [name for name in self.tokens if name != PROBE]
-        return "default" if "default" in names else (names[0] if names else None)
-
-    def folder(self, position: int) -> str:
-        return f"{position:02d}-{self.passes[position].name}"
-
-
-@dataclass
-class LayerResult:
-    """A processed layer. row: its report row (MoE layers, last sweep); seconds and peaks by pass position."""
-
-    original: LayerWeights
-    weights: LayerWeights
-    row: dict[str, Any] | None = None
-    seconds: dict[int, float] = field(default_factory=dict)
-    resident: dict[int, int] = field(default_factory=dict)
-
-
-class _Statistics:
-    """Finished statistics of the current layer; dropped when a pass changes what they depend on."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, Stream, str], tuple[Statistic, Mapping[str, Tensor]]] = {}
-
-    def missing(self, name: str, stream: Stream, wanted: Iterable[Statistic]) -> list[Statistic]:
-        return [item for item in wanted if self._known.get((name, stream, item.name), (None,))[0] != item]
-
-    def add(self, name: str, stream: Stream, collector: Collector) -> None:
-        values = collector.finished()
-        for item in collector.statistics:
-            self._known[(name, stream, item.name)] = (item, values[item.name])
-
-    def get(self, name: str, stream: Stream, wanted: Iterable[Statistic]) -> dict[str, Mapping[str, Tensor]]:
-        return {item.name: self._known[(name, stream, item.name)][1] for item in wanted}
-
-    def invalidate(self, changes: frozenset[str]) -> None:
-        self._known = {key: value for key, value in self._known.items() if not value[0].depends_on & changes}
-
-
-def seeded(seed: int, name: str, layer: int) -> Callable[..., torch.Generator]:
-    """Generators that depend on (seed, pass, layer[, expert]) and on nothing else."""
-
-    def make(expert: int | None = None) -> torch.Generator:
-        text = f"{seed}/{name}/{layer}/{expert}".encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "little"))
-
-    return make
 
 
 def process_layer(job: Job, sweep: Sweep, index: int, *, last: bool) -> LayerResult:
     """Take one layer through the sweep's steps. The streams' next generation is written; nothing else is."""
     original = job.model.read_layer(index)
-    statistics = _Statistics()
+    statistics = LayerStatistics()
     logs = _advance_original(job, sweep, original, statistics)
     result = LayerResult(original, original)
     kept, done = latest_stored(job, sweep.steps, original)
@@ -142,7 +69,7 @@ def _set_of(job: Job, step: Pass) -> str:
     return name if name in job.tokens else (job.report_set or PROBE)
 
 
-def _advance_original(job: Job, sweep: Sweep, original: LayerWeights, statistics: _Statistics) -> Collector | None:
+def _advance_original(job: Job, sweep: Sweep, original: LayerWeights, statistics: LayerStatistics) -> Collector | None:
     """Run the source layer on every token set; returns the collector of the report's set."""
     site = job.model.facts.layers[original.index].site
     report: Collector | None = None
@@ -173,7 +100,9 @@ def _advance_compressed(job: Job, weights: LayerWeights) -> Collector | None:
     return report
 
 
-def _collected(job: Job, step: Pass, weights: LayerWeights, statistics: _Statistics) -> dict[str, Mapping[str, Tensor]]:
+def _collected(
+    job: Job, step: Pass, weights: LayerWeights, statistics: LayerStatistics
+) -> dict[str, Mapping[str, Tensor]]:
     """The finished statistics a pass needs, running the layer as it is now when something is missing."""
     site = job.model.facts.layers[weights.index].site
     if site is None:
@@ -190,7 +119,7 @@ def _collected(job: Job, step: Pass, weights: LayerWeights, statistics: _Statist
 
 
 def _step(
-    job: Job, sweep: Sweep, position: int, original: LayerWeights, weights: LayerWeights, statistics: _Statistics
+    job: Job, sweep: Sweep, position: int, original: LayerWeights, weights: LayerWeights, statistics: LayerStatistics
 ) -> LayerWeights:
     step, index = job.passes[position], weights.index
     folder, name = job.run.decisions / job.folder(position), f"{index:05d}"
@@ -288,7 +217,7 @@ def weights_before(job: Job, position: int) -> Callable[[int], LayerWeights]:
     return weights
 
 
-def _collect_for_barrier(job: Job, position: int, weights: LayerWeights, statistics: _Statistics) -> None:
+def _collect_for_barrier(job: Job, position: int, weights: LayerWeights, statistics: LayerStatistics) -> None:
     finished = _collected(job, job.passes[position], weights, statistics)
     flat = {f"{name}/{key}": value for name, values in finished.items() for key, value in values.items()}
     if flat:
@@ -296,7 +225,7 @@ def _collect_for_barrier(job: Job, position: int, weights: LayerWeights, statist
 
 
 def _row(
-    job: Job, result: LayerResult, before: Collector | None, after: Collector | None, statistics: _Statistics
+    job: Job, result: LayerResult, before: Collector | None, after: Collector | None, statistics: LayerStatistics
 ) -> dict[str, Any]:
     """The report row of one MoE layer; what was not measured is None."""
     index = result.original.index

@@ -1,0 +1,90 @@
+"""What one run carries along: its plan, folders, token sets, decisions, and the statistics of the current layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompress.passes.base import Decision, Pass
+from moecompress.plan import Plan
+from moecompress.rundir import RunDir
+from moecompress.stats.base import Statistic
+from moecompress.stream.collect import Collector
+from moecompress.stream.model import StreamModel
+from moecompress.stream.streams import TokenRun
+from moecompress.types import LayerWeights, Stream
+
+PROBE = "probe"
+SAMPLE_TOKENS = 512  # real inputs per layer on which expert errors are measured
+Finished = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every layer of a run needs."""
+
+    plan: Plan
+    passes: tuple[Pass, ...]
+    run: RunDir
+    tokens: Mapping[str, TokenRun]
+    decided: dict[int, Decision] = field(default_factory=dict)  # MODEL and TRAIN decisions by position
+
+    @property
+    def model(self) -> StreamModel:
+        return self.plan.model
+
+    @property
+    def report_set(self) -> str | None:
+        """The token set on which errors are reported; None for a data-free run."""
+        names = [name for name in self.tokens if name != PROBE]
+        return "default" if "default" in names else (names[0] if names else None)
+
+    def folder(self, position: int) -> str:
+        return f"{position:02d}-{self.passes[position].name}"
+
+
+@dataclass
+class LayerResult:
+    """A processed layer. row: its report row (MoE layers, last sweep); seconds and peaks by pass position."""
+
+    original: LayerWeights
+    weights: LayerWeights
+    row: dict[str, Any] | None = None
+    seconds: dict[int, float] = field(default_factory=dict)
+    resident: dict[int, int] = field(default_factory=dict)
+
+
+class LayerStatistics:
+    """Finished statistics of the current layer; dropped when a pass changes what they depend on."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, Stream, str], tuple[Statistic, Mapping[str, Tensor]]] = {}
+
+    def missing(self, name: str, stream: Stream, wanted: Iterable[Statistic]) -> list[Statistic]:
+        return [item for item in wanted if self._known.get((name, stream, item.name), (None,))[0] != item]
+
+    def add(self, name: str, stream: Stream, collector: Collector) -> None:
+        values = collector.finished()
+        for item in collector.statistics:
+            self._known[(name, stream, item.name)] = (item, values[item.name])
+
+    def get(self, name: str, stream: Stream, wanted: Iterable[Statistic]) -> dict[str, Mapping[str, Tensor]]:
+        return {item.name: self._known[(name, stream, item.name)][1] for item in wanted}
+
+    def invalidate(self, changes: frozenset[str]) -> None:
+        self._known = {key: value for key, value in self._known.items() if not value[0].depends_on & changes}
+
+
+def seeded(seed: int, name: str, layer: int) -> Callable[..., torch.Generator]:
+    """Generators that depend on (seed, pass, layer[, expert]) and on nothing else."""
+
+    def make(expert: int | None = None) -> torch.Generator:
+        text = f"{seed}/{name}/{layer}/{expert}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "little"))
+
+    return make
