@@ -20,6 +20,11 @@ UNSUPPORTED: Mapping[str, str] = {
     "hy_v4": "layers hand sparse-attention indices to the next layer",
 }
 
+#: config entries that, when they are on, make layers depend on more than hidden states, with the reason
+UNSUPPORTED_OPTIONS: Mapping[str, str] = {
+    "num_kv_shared_layers": "late layers reuse the keys and values of earlier ones",
+}
+
 _SIGMOID = (
     "afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 exaone_moe flint glm4_moe glm4_moe_lite "
     "glm4v_moe hy_v3 kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 minimax_m3_vl_text nemotron_h "

@@ -7,9 +7,11 @@ looks at attributes, so it needs no transformers import.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from moecompress.arch.quirks import UNSUPPORTED, router_names
+from moecompress.arch.quirks import UNSUPPORTED, UNSUPPORTED_OPTIONS, router_names
 from moecompress.errors import UnsupportedModel, message
 from moecompress.types import MoESite, Role
 
@@ -34,6 +36,10 @@ def find_layers(model: nn.Module, model_type: str) -> tuple[str, nn.ModuleList]:
         raise UnsupportedModel(
             message(f"model type '{model_type}'", UNSUPPORTED[model_type], then="use another checkpoint or family")
         )
+    config: Any = model.config
+    for key, reason in UNSUPPORTED_OPTIONS.items():
+        if value := getattr(config.get_text_config(), key, None):
+            raise UnsupportedModel(message(f"model type '{model_type}'", f"{key} is {value}: {reason}", "0"))
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not any(is_experts(m) for m in module.modules()):
@@ -125,10 +131,13 @@ def role_of(name: str, site: MoESite | None, shape: tuple[int, ...]) -> Role:
 
 
 def quantizable_linears(layer: nn.Module, site: MoESite | None) -> tuple[str, ...]:
-    """Names (with `.weight`) of nn.Linear matrices of the layer that a quantizer may touch: no routers, no gates."""
+    """Names (with `.weight`) of nn.Linear matrices of the layer that a quantizer may touch: no routers, no gates.
+
+    No subclasses of nn.Linear either: those use their weight in a way of their own (deepseek_v4's grouped output).
+    """
     names = []
     for name, module in layer.named_modules():
-        if not isinstance(module, nn.Linear) or module.out_features == 1:
+        if type(module) is not nn.Linear or module.out_features == 1:
             continue
         if name.rpartition(".")[2] in _NEVER_QUANTIZED:
             continue

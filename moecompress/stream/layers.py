@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,8 +52,8 @@ def _swap(layer: nn.Module, name: str, value: Tensor) -> Tensor:
     before: Tensor | None
     if leaf in owner._parameters:
         before = owner._parameters[leaf]
-        held = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-        owner._parameters[leaf] = held
+        bare = isinstance(value, nn.Parameter) or value.requires_grad  # a new Parameter would cut the gradient off
+        owner._parameters[leaf] = value if bare else nn.Parameter(value, requires_grad=False)  # type: ignore[assignment]
     else:
         before = owner._buffers[leaf]
         owner._buffers[leaf] = value
@@ -66,14 +66,15 @@ def call_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 
     Raises UnsupportedModel when the layer returns more than hidden states or changes a store it was handed.
     """
-    stores = {key: len(value) for key, value in call.kwargs.items() if isinstance(value, dict)}
+    stores = {key: dict(value) for key, value in call.kwargs.items() if isinstance(value, MutableMapping)}
     out: Any = layer(hidden, *call.args, **call.kwargs)
     if isinstance(out, tuple):
         if any(value is not None for value in out[1:]):
             raise UnsupportedModel(message(type(layer).__name__, "hands more than hidden states to the next layer"))
         out = out[0]
-    for key, size in stores.items():
-        if len(call.kwargs[key]) != size:
+    for key, before in stores.items():
+        now = call.kwargs[key]
+        if len(now) != len(before) or any(now[name] is not value for name, value in before.items()):
             raise UnsupportedModel(message(type(layer).__name__, f"shares '{key}' with later layers"))
     return out  # type: ignore[no-any-return]
 
