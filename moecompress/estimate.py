@@ -6,6 +6,8 @@ the measured peak.
 
 from __future__ import annotations
 
+import os
+import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import torch
 
 from moecompress.checkpoint.native import plan_record
 from moecompress.numerics.grids import stored_bits
+from moecompress.numerics.packing import row_bytes
 from moecompress.recipe import Recipe
 from moecompress.stream.inventory import Owner
 from moecompress.stream.model import StreamModel
@@ -43,13 +46,14 @@ def resident_bytes() -> int:
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[1])
-        import os
-
         return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        import resource
+        return peak_resident()
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def peak_resident() -> int:
+    """The largest resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def estimate(
@@ -121,9 +125,10 @@ def _component_bytes(
         row[0] += info.nbytes
         if key in plain:
             row[1] += info.nbytes // info.dtype.itemsize * model.reader.logical_dtype(key).itemsize
-    if output == "native":
+    if output != "dense":
+        saving = _saved_bytes if output == "native" else _saved_portable
         for layer in model.facts.layers:
-            for role, saved in _saved_bytes(model, layer, schemes[layer.index]).items():
+            for role, saved in saving(model, layer, schemes[layer.index]).items():
                 found[role][1] -= saved
     return {role: (a, b) for role, (a, b) in sorted(found.items())}, sum(row[1] for row in found.values())
 
@@ -144,6 +149,23 @@ def _saved_bytes(model: StreamModel, layer: LayerFacts, chosen: Mapping[str, Sch
             record = plan_record([("weight", (rows, columns), scheme, dtype)])
             role = layer.roles[name]
             saved[role] = saved.get(role, 0) + rows * columns * dtype.itemsize - record.row_bytes - 1
+    return saved
+
+
+def _saved_portable(model: StreamModel, layer: LayerFacts, chosen: Mapping[str, Scheme]) -> dict[str, int]:
+    """The same for packed words, scales and an int64 [2] shape per checkpoint matrix."""
+    saved: dict[str, int] = {}
+    dtype, site = model.facts.dtype, layer.site
+    found = [(name, layer.shapes[name], layer.roles[name], 1, 1) for name in chosen if name in layer.shapes]
+    if site is not None and "gate_up" in chosen and "down" in chosen:
+        blocks = 2 if site.gated else 1
+        found.append(("gate_up", (site.gate_up_rows, site.hidden), "routed_experts", site.num_experts, blocks))
+        found.append(("down", (site.hidden, site.width), "routed_experts", site.num_experts, 1))
+    for name, shape, role, count, blocks in found:
+        rows, columns = shape
+        scheme = chosen[name]
+        stored = rows * (row_bytes(columns, scheme.bits) + scheme.groups(columns) * dtype.itemsize) + 16 * blocks
+        saved[role] = saved.get(role, 0) + count * (rows * columns * dtype.itemsize - stored)
     return saved
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,34 +17,36 @@ import torch
 from moecompress.checkpoint.native_config import NativeConfig
 from moecompress.checkpoint.writer import ShardRecord, atomic_write, write_index
 from moecompress.errors import CoverageError, OutputError, message
+from moecompress.estimate import peak_resident
 from moecompress.job import PROBE, Job
 from moecompress.layerstore import save_tensors
 from moecompress.parts import layer_file, outer_part
+from moecompress.portable import config_block
 from moecompress.progress import Progress
 from moecompress.recipe import resolved_yaml
 from moecompress.stream.streams import final_logits
+from moecompress.types import Scheme
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _NOT_COPIED = ("README.md", "config.json", ".gitattributes", ".gitignore")
 FOLDER = "moecompress"
 
 
-def finish(job: Job, cursor: Mapping[str, Any], seconds: float, progress: Progress) -> None:
+def finish(job: Job, cursor: dict[str, Any], began: float, progress: Progress) -> None:
     """Complete the staging directory, check that it loads, describe it, and rename it to the output path."""
-    progress.stage("finish", 4)
+    progress.stage("finish", 2)
     parts = _parts(job)
     records = _name_shards(job, parts)
-    native = _native(parts)
-    _write_config(job, native)
+    _write_config(job, _quantization_block(job, parts))
     _copy_side_files(job)
     write_manifest(job, parts, records)
     atomic_write(job.run.staging / FOLDER / "recipe.yaml", resolved_yaml(job.plan.recipe))
     progress.step(f"{len(records)} shards, {sum(record.bytes for record in records) / 2**20:.1f} MiB")
     checked = reload_check(job)
     progress.step(f"reload check: {checked['how']}, relative difference {checked['difference']:.1e}")
-    describe(job, parts, records, cursor, seconds, checked, progress)
+    describe(job, parts, records, cursor, began, checked, progress)
     job.run.publish()
-    progress.step(str(job.run.out))
+    progress.note(f"done: {job.run.out}")
 
 
 def _parts(job: Job) -> list[dict[str, Any]]:
@@ -79,10 +82,26 @@ def _native(parts: list[dict[str, Any]]) -> NativeConfig:
     return NativeConfig(experts, linears)
 
 
-def _write_config(job: Job, native: NativeConfig) -> None:
-    config = {key: value for key, value in job.model.raw_config.items() if key != "quantization_config"}
+def _quantization_block(job: Job, parts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """config.json's `quantization_config`, or None when nothing is stored as codes."""
+    native = _native(parts)
     if native.experts or native.linears:
-        config["quantization_config"] = native.to_json()
+        return native.to_json()
+    found = {name: Scheme(*values) for part in parts for name, values in part["portable"].items()}
+    prefixes = {source.prefix for source in job.model.expert_sources.values()}
+    experts = {scheme for name, scheme in found.items() if name in prefixes}
+    linears = {name: scheme for name, scheme in found.items() if name not in prefixes}
+    if not found:
+        return None
+    if len(experts) != 1 or len(set(linears.values())) > 1:
+        raise OutputError(message("output.format portable", f"layers with schemes {found}", "one", "use native"))
+    return config_block(job.model, experts.pop(), next(iter(linears.values()), None), linears).to_json()
+
+
+def _write_config(job: Job, block: Mapping[str, Any] | None) -> None:
+    config = {key: value for key, value in job.model.raw_config.items() if key != "quantization_config"}
+    if block is not None:
+        config["quantization_config"] = block
     atomic_write(job.run.staging / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -126,7 +145,9 @@ def reload_check(job: Job) -> dict[str, Any]:
     probe = job.run.path / "probe.safetensors"
     save_tensors(probe, {"ids": ids, "logits": wanted})
     command = [sys.executable, "-P", "-m", "moecompress.reload", str(job.run.staging), str(probe)]
-    command += [str(torch.get_num_threads()), str(job.plan.estimate.output_bytes)]
+    dense = job.plan.output == "portable"  # transformers expands its experts while loading
+    size = job.model.facts.source_bytes if dense else job.plan.estimate.output_bytes
+    command += [str(torch.get_num_threads()), str(size)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     probe.unlink()
     if done.returncode != 0:
@@ -139,8 +160,8 @@ def describe(
     job: Job,
     parts: list[dict[str, Any]],
     records: list[ShardRecord],
-    cursor: Mapping[str, Any],
-    seconds: float,
+    cursor: dict[str, Any],
+    began: float,
     checked: Mapping[str, Any],
     progress: Progress,
 ) -> None:
@@ -149,7 +170,9 @@ def describe(
     from moecompress.results import evaluate_output, make_report
 
     evaluate_output(job, progress)
-    report = make_report(job, parts, records, cursor, seconds, checked)
+    cursor["peak"] = max(cursor["peak"], peak_resident())
+    cursor["seconds"] = cursor["before"] + time.perf_counter() - began
+    report = make_report(job, parts, records, cursor, checked)
     write_report_json(job.run.staging, report)
     write_report(job.run.staging)
     card = model_card(report, read_evaluation(job.run.staging), _licence(job.plan.root))

@@ -14,6 +14,7 @@ from moecompress.checkpoint.writer import ShardRecord
 from moecompress.evaluate import BACKEND, evaluate_dir
 from moecompress.fingerprint import versions
 from moecompress.job import PROBE, Job
+from moecompress.portable import engines, portable_schemes
 from moecompress.progress import Progress
 from moecompress.recipe import recipe_data
 from moecompress.report import Report
@@ -38,7 +39,6 @@ def make_report(
     parts: Sequence[Mapping[str, Any]],
     records: Sequence[ShardRecord],
     cursor: Mapping[str, Any],
-    seconds: float,
     checked: Mapping[str, Any],
 ) -> Report:
     """Everything HOUSE 7 asks of report.json; what was not measured is null."""
@@ -67,7 +67,7 @@ def make_report(
                 "seconds": plan.estimate.seconds,
             },
             "peak_rss_bytes": cursor["peak"],
-            "seconds": cursor["before"] + seconds,
+            "seconds": cursor["seconds"],
             "resumed": cursor["resumed"],
             "calibration": [
                 {
@@ -131,11 +131,15 @@ def _coverage_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def loadable(job: Job, checked: Mapping[str, Any]) -> dict[str, Any]:
     """What loads the output: tested here for transformers, by rule for the serving engines."""
+    portable = job.plan.output == "portable"
     if checked["whole"]:
         mode = "with `import moecompress`" if job.plan.output == "native" else "as it is"
         transformers = {"status": "tested", "reason": f"loaded {mode} in a fresh process, logits compared"}
     else:
-        transformers = {"status": "by_rule", "reason": "larger than this machine's memory; checked layer by layer"}
+        transformers = {"status": "by_rule", "reason": f"checked layer by layer ({checked['how']})"}
+    if portable:
+        transformers["reason"] += ". Needs the package compressed-tensors (0.18 or newer); experts expand while loading"
+        return {"transformers": transformers, **engines(*portable_schemes(job.model, job.plan.schemes))}
     if job.plan.output == "dense":
         engine = {"status": "by_rule", "reason": "a plain Hugging Face checkpoint in the source's layout and dtype"}
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from moecompress.calib.tokenizer import load_tokenizer
 from moecompress.calib.tokens import build_token_set, make_token_set
 from moecompress.checkpoint.writer import atomic_write
 from moecompress.errors import RecipeError, Stopped, message
+from moecompress.estimate import peak_resident
 from moecompress.fingerprint import fingerprint
 from moecompress.finish import finish
 from moecompress.job import PROBE, Job, LayerResult, seeded
@@ -69,7 +69,7 @@ def run(
                 _run_sweep(job, number, sweep, cursor, shown, stop, began)
             elif sweep.barrier is not None:
                 job.decided[sweep.barrier] = _barrier(job, sweep.barrier, shown)
-        finish(job, cursor, time.perf_counter() - began, shown)
+        finish(job, cursor, began, shown)
     return recipe.out
 
 
@@ -88,11 +88,6 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def peak_resident() -> int:
-    """The largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _start_tokens(job: Job, cursor: Mapping[str, Any], progress: Progress) -> None:
@@ -155,6 +150,7 @@ def _run_sweep(
         cursor["seconds"] = cursor["before"] + time.perf_counter() - began
         job.run.save_cursor(cursor)
         progress.step(_line(index, result))
+        del result  # two layers must never be in memory together
         if stop():
             raise Stopped(
                 message(str(job.run.path), f"stopped after layer {index} of {title}", then="run again with --resume")
