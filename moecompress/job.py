@@ -66,7 +66,8 @@ class LayerStatistics:
         self._known: dict[tuple[str, Stream, str], tuple[Statistic, Mapping[str, Tensor]]] = {}
 
     def missing(self, name: str, stream: Stream, wanted: Iterable[Statistic]) -> list[Statistic]:
-        return [item for item in wanted if self._known.get((name, stream, item.name), (None,))[0] != item]
+        known = ((item, self._known.get((name, stream, item.name))) for item in wanted)
+        return [item for item, found in known if found is None or not found[0].covers(item)]
 
     def add(self, name: str, stream: Stream, collector: Collector) -> None:
         values = collector.finished()
@@ -78,6 +79,16 @@ class LayerStatistics:
 
     def invalidate(self, changes: frozenset[str]) -> None:
         self._known = {key: value for key, value in self._known.items() if not value[0].depends_on & changes}
+
+
+def each_once(wanted: Iterable[Statistic]) -> list[Statistic]:
+    """The statistics without those that another one covers (the same, or a smaller sample)."""
+    kept: list[Statistic] = []
+    for item in wanted:
+        if any(known.name == item.name and known.covers(item) for known in kept):
+            continue
+        kept = [known for known in kept if known.name != item.name or not item.covers(known)] + [item]
+    return kept
 
 
 def seeded(seed: int, name: str, layer: int) -> Callable[..., torch.Generator]:

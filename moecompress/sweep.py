@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moecompress.arch.quirks import scoring
 from moecompress.estimate import resident_bytes
-from moecompress.job import PROBE, SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, seeded
+from moecompress.job import PROBE, SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, each_once, seeded
 from moecompress.layerstore import load_decision, load_layer, save_decision, save_layer, save_tensors
 from moecompress.measure import expert_rows, router_comparison, stream_error
 from moecompress.passes.base import LayerContext, Pass, RowsToHidden, Scope
@@ -58,7 +58,7 @@ def _leading_needs(job: Job, sweep: Sweep, name: str) -> list[Statistic]:
     for position in positions:
         step = job.passes[position]
         if step.propagate == "original" and _set_of(job, step) == name:
-            wanted += [item for item in step.needs() if item not in wanted]
+            wanted += step.needs()
         if step.changes:
             break
     return wanted
@@ -78,10 +78,9 @@ def _advance_original(job: Job, sweep: Sweep, original: LayerWeights, statistics
         if site is not None:
             wanted = _leading_needs(job, sweep, name)
             if name == job.report_set:
-                extra: list[Statistic] = [RoutingCounts(), TokenSample(SAMPLE_TOKENS)]
-                wanted += [item for item in extra if all(item.name != known.name for known in wanted)]
+                wanted += [RoutingCounts(), TokenSample(SAMPLE_TOKENS)]
             measured = run.measured if name == job.report_set else None
-            collector = Collector(site, wanted, run.tokens.heldout, measured)
+            collector = Collector(site, each_once(wanted), run.tokens.heldout, measured)
         run_layer(job.model, original, run, "original", collector=collector)
         if collector is not None:
             statistics.add(name, "original", collector)

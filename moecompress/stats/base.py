@@ -69,18 +69,25 @@ class Statistic(Protocol):
     @property
     def reduce(self) -> Mapping[str, Reduce]: ...
 
+    def covers(self, other: Statistic) -> bool:
+        """Whether who asked for `other` is served by the result of this one; both have the same name."""
+        return self == other
+
     def init(self, site: MoESite) -> State:
         """An empty state with the keys of `reduce` in sorted order."""
         ...
 
     def observe_routing(self, state: State, seen: RoutingObservation) -> None:
         """Add one call to `state` in place; nothing by default."""
+        return
 
     def observe_expert(self, state: State, seen: ExpertObservation) -> None:
         """Add one expert's part of a call to `state` in place; nothing by default."""
+        return
 
     def settle(self, state: State) -> None:
         """Bring a freshly concatenated state into its usual form, in place; nothing by default."""
+        return
 
     def finalise(self, state: State) -> dict[str, Tensor]:
         """What passes read. By default the raw sums themselves, not copied."""

@@ -74,6 +74,9 @@ class TokenSample(Statistic):
         if self.n < 1:
             raise ValueError(f"n: {self.n}; allowed: at least 1")
 
+    def covers(self, other: Statistic) -> bool:
+        return isinstance(other, TokenSample) and self.seed == other.seed and self.n >= other.n
+
     def init(self, site: MoESite) -> State:
         return {
             "hidden": torch.empty(0, site.hidden),

@@ -35,6 +35,9 @@ class Collector:
         measured: Sequence[int] | None = None,
     ) -> None:
         self.statistics = tuple(statistics)
+        names = [item.name for item in statistics]
+        if len(names) != len(set(names)):
+            raise ValueError(f"statistics with the same name and other parameters: {names}")
         self.states: dict[str, State] = {item.name: item.init(site) for item in statistics}
         self.log = RouterLog()
         self._heldout, self._measured = frozenset(heldout), None if measured is None else frozenset(measured)

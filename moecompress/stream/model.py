@@ -273,4 +273,8 @@ def _check_complete(
 def _replace_experts(layer: nn.Module, name: str) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = layer.get_submodule(parent) if parent else layer
-    owner.add_module(leaf, Experts.replacing(getattr(owner, leaf)))
+    original = getattr(owner, leaf)
+    made = Experts.replacing(original)
+    for key, value in original.named_parameters(recurse=False):
+        made.register_parameter(key, value)  # on the meta device: transformers' conversions ask for shapes
+    owner.add_module(leaf, made)

@@ -93,6 +93,8 @@ def _resident(
             layer = stack.enter_context(filled_layer(model, _with_leaves(weights(index), leaves)))
             hidden = call_layer(layer, hidden, calls[index])
         value = loss(logits(model.skeleton, model.layers, batch.ids, hidden), batch)
+        if not value.requires_grad:  # none of them has any influence (or there is none)
+            return value, {}
         found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return value.detach(), {key: grad for key, grad in zip(leaves, found, strict=True) if grad is not None}
 
