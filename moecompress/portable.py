@@ -1,0 +1,213 @@
+"""The portable format: which results it can hold, what its config block says, and who loads it.
+
+Its facts are those of transformers 5.23, compressed-tensors 0.18 to 0.20, vLLM 0.33 and SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from moecompress.checkpoint.portable import PortableConfig, packed_entries, portable_config
+from moecompress.checkpoint.writer import Entry
+from moecompress.stream.expert_source import ExpertSource
+from moecompress.stream.model import StreamModel
+from moecompress.types import PROJECTIONS, ExpertWeights, MoESite, QuantizedTensor, Scheme, Weight
+
+WIDTHS = (2, 3, 4, 8)
+_NUMBERED = re.compile(r"^(.*\.experts)\.\d+\.")
+
+
+def scheme_problem(scheme: Scheme | None) -> str | None:
+    """Why one matrix cannot be stored in the portable format, and the nearest thing that works; None = it can."""
+    if scheme is None or scheme.bits == 16:
+        return "an expert matrix is not quantized, and all of them must be; quantize them all or use format: native"
+    if scheme.binary:
+        return (
+            "1-bit codes mean -s and +s, which compressed-tensors' 1-bit codes cannot say; "
+            "use 2 bits, or format: native and then `moecompress export --format container`"
+        )
+    if not scheme.symmetric:
+        return "zero points: transformers loads no asymmetric experts; use symmetric: true or format: native"
+    if scheme.activation != "none":
+        return "rounded activations: experts would run with full activations; use format: native"
+    if scheme.bits not in WIDTHS:
+        return f"{scheme.bits} bits; use one of {WIDTHS} or format: native"
+    return None
+
+
+def source_problems(model: StreamModel) -> list[str]:
+    """What in the checkpoint's own layout has no names in compressed-tensors."""
+    problems = []
+    for index, source in model.expert_sources.items():
+        keys = [key for part in source.projections.values() for expert in part.keys for key in expert]
+        kinds = {part.kind for part in source.projections.values()}
+        if kinds != {"per_expert"} or any(not key.endswith(".weight") for key in keys):
+            key = source.checkpoint_keys[0]
+            problems.append(
+                f"layer {index} stores its experts together ('{key}'), and compressed-tensors only names single "
+                "experts; use format: native or dense"
+            )
+        elif source.biases:
+            problems.append(f"layer {index} has expert biases; use format: native or dense")
+    counts = {layer.site.num_experts for layer in model.facts.moe_layers if layer.site is not None}
+    if len(counts) > 1:
+        problems.append(f"layers have different numbers of experts ({sorted(counts)}); use format: native")
+    return _first(problems)
+
+
+def portable_problems(model: StreamModel, schemes: Mapping[int, Mapping[str, Scheme]]) -> list[str]:
+    """Every reason why a result with these schemes does not fit the portable format exactly; empty = it fits.
+
+    schemes: layer -> {"gate_up", "down", names of linears} -> scheme, as a plan has them.
+    """
+    problems = source_problems(model)
+    experts = [schemes[layer.index].get(name) for layer in model.facts.moe_layers for name in PROJECTIONS]
+    found = [scheme_problem(scheme) for scheme in experts]
+    problems += [text for text in dict.fromkeys(found) if text is not None]
+    known = set(experts)
+    if len(known) > 1 and None not in known:
+        widest = max(scheme.bits for scheme in known if scheme is not None)
+        other = " and then `moecompress export --format container`" if widest <= 4 else ""
+        problems.append(f"mixed bits or groups among the experts; use one scheme for all, or format: native{other}")
+    linears = {
+        f"{layer.name}.{name}": scheme
+        for layer in model.facts.layers
+        for name, scheme in schemes[layer.index].items()
+        if name not in PROJECTIONS
+    }
+    problems += [f"{name}: {text}" for name, s in linears.items() if (text := scheme_problem(s))][:1]
+    if len(set(linears.values())) > 1:
+        problems.append("the other matrices have several schemes; use one for all of them, or format: native")
+    converted = [name for name in linears if not _plain_linear(model, name)]
+    if converted:
+        problems.append(
+            f"'{converted[0]}' is stored in another shape than the module has; leave it out or use native"
+        )
+    return problems
+
+
+def _first(problems: Sequence[str]) -> list[str]:
+    """The first problem, and how many more layers have one."""
+    more = f" (and {len(problems) - 1} more layers)" if len(problems) > 1 else ""
+    return [problems[0] + more] if problems else []
+
+
+def _plain_linear(model: StreamModel, name: str) -> bool:
+    assembly = model.key_map.assemblies.get(name)
+    return assembly is not None and assembly.converter is None and assembly.keys[0].endswith(".weight")
+
+
+def expert_matrices(
+    source: ExpertSource, experts: Sequence[ExpertWeights]
+) -> Iterator[tuple[int, str, str, QuantizedTensor]]:
+    """(expert, projection, checkpoint module, matrix) of every per-expert tensor: gate and up apart, expert-major.
+
+    Raises ValueError for a matrix that is not quantized.
+    """
+    for number, expert in enumerate(experts):
+        for name in PROJECTIONS:
+            keys = source.projections[name].keys[number]
+            weight = expert.projection(name)
+            if not isinstance(weight, QuantizedTensor):
+                raise ValueError(f"{source.prefix} expert {number} {name} is not quantized")
+            rows = weight.shape[0] // len(keys)
+            for block, key in enumerate(keys):
+                part = slice(block * rows, (block + 1) * rows)
+                zeros = None if weight.zeros is None else weight.zeros[part]
+                cut = QuantizedTensor(weight.codes[part], weight.scales[part], zeros, weight.scheme)
+                yield number, name, key.removesuffix(".weight"), cut
+
+
+def portable_experts(source: ExpertSource, experts: Sequence[ExpertWeights]) -> list[Entry]:
+    """Entries of one layer's routed experts. Raises ValueError for what the format cannot hold."""
+    return [
+        entry for _, _, module, part in expert_matrices(source, experts) for entry in packed_entries(module, part)
+    ]
+
+
+def one_scheme(weights: Iterable[Weight]) -> Scheme:
+    """The scheme that all these matrices have. Raises ValueError when they differ or are not quantized."""
+    found = {weight.scheme if isinstance(weight, QuantizedTensor) else None for weight in weights}
+    scheme = next(iter(found))
+    problem = scheme_problem(scheme) if len(found) == 1 else f"matrices of {len(found)} kinds, one is allowed"
+    if problem is not None or scheme is None:
+        raise ValueError(problem)
+    return scheme
+
+
+def config_block(
+    model: StreamModel, experts: Scheme, linears: Scheme | None, quantized: Collection[str]
+) -> PortableConfig:
+    """The `quantization_config` of a portable output. quantized: checkpoint modules (not experts) with codes."""
+    return portable_config(experts, linears, ignored_modules(model, quantized))
+
+
+def ignored_modules(model: StreamModel, quantized: Collection[str]) -> list[str]:
+    """Every module with a matrix that has no codes, under its checkpoint name and under transformers' own.
+
+    An incomplete list is fatal: engines would look for codes that are not there. The names of checkpoint and module
+    tree differ in some families (Mixtral's block_sparse_moe), and modules that only the checkpoint has count too.
+    """
+    names: dict[str, None] = {}
+    targets = {key: target for target, a in model.key_map.assemblies.items() for key in a.keys}
+    routed = {key for source in model.expert_sources.values() for key in source.checkpoint_keys}
+    coded = {targets.get(f"{module}.weight", "").removesuffix(".weight") for module in quantized}
+    for name, module in model.skeleton.named_modules():
+        if isinstance(module, nn.Linear) and name not in coded:
+            names[name] = None
+    for key in model.reader.names():
+        module, _, leaf = key.rpartition(".")
+        if key in routed or module in quantized or leaf != "weight" or len(model.reader.shape(key)) != 2:
+            continue
+        numbered = _NUMBERED.match(key)  # experts of layers that only the checkpoint has, e.g. for drafting
+        names[f"re:{re.escape(numbered[1])}\\.\\d+\\..*" if numbered else module] = None
+        target = targets.get(key, key).removesuffix(".weight")
+        names[target if not numbered else module] = None
+    return list(names)
+
+
+def portable_schemes(
+    model: StreamModel, schemes: Mapping[int, Mapping[str, Scheme]]
+) -> tuple[MoESite, Scheme, Scheme | None]:
+    """(a MoE site, the experts' scheme, that of the other matrices or None) of a plan that fits."""
+    layer = model.facts.moe_layers[0]
+    assert layer.site is not None
+    linears = [s for chosen in schemes.values() for name, s in chosen.items() if name not in PROJECTIONS]
+    return layer.site, schemes[layer.index]["down"], linears[0] if linears else None
+
+
+def engines(site: MoESite, experts: Scheme, linears: Scheme | None) -> dict[str, dict[str, Any]]:
+    """`loadable` of vLLM and SGLang for routed experts of this scheme, from the rules in their code."""
+    return {"vllm": _vllm(site, experts, linears), "sglang": _sglang(site, experts, linears)}
+
+
+def _vllm(site: MoESite, experts: Scheme, linears: Scheme | None) -> dict[str, Any]:
+    if experts.group_size != -1 and (site.hidden % experts.group_size or site.width % experts.group_size):
+        return _no(f"group {experts.group_size} must divide hidden {site.hidden} and expert width {site.width}")
+    reason = f"pack-quantized, symmetric, {experts.bits} bits, one scheme for gate, up and down of every expert"
+    if experts.bits not in (4, 8):
+        reason += "; needs a build with the Humming kernels, Marlin has 4 and 8 bits"
+    elif experts.group_size not in (-1, 32, 64, 128):
+        reason += f"; group {experts.group_size} is outside Marlin's -1, 32, 64, 128"
+    if experts.group_size != -1:
+        reason += f"; tensor parallelism up to {site.width // experts.group_size} ways keeps groups whole"
+    return {"status": "by_rule", "reason": f"{reason}. Not run here"}
+
+
+def _sglang(site: MoESite, experts: Scheme, linears: Scheme | None) -> dict[str, Any]:
+    if experts.bits not in (4, 8):
+        return _no(f"its experts have 4 or 8 bits, not {experts.bits}; `moecompress export --format container` is 4-bit")
+    if linears is not None and linears != experts:
+        return _no("it takes the experts' scheme from the group of class Linear, which here is that of other matrices")
+    if experts.group_size != -1 and (site.hidden % experts.group_size or site.width % experts.group_size):
+        return _no(f"group {experts.group_size} must divide hidden {site.hidden} and expert width {site.width}")
+    reason = f"pack-quantized, symmetric, {experts.bits} bits, one scheme for all experts; NVIDIA GPUs run it on Marlin"
+    return {"status": "by_rule", "reason": f"{reason}. Not run here"}
+
+
+def _no(reason: str) -> dict[str, Any]:
+    return {"status": "no", "reason": reason}
