@@ -15,6 +15,7 @@ from moecompress.calib.sources import required_files
 from moecompress.errors import MoecompressError, message
 from moecompress.estimate import Estimate, estimate
 from moecompress.passes.base import Pass, Scope
+from moecompress.portable import portable_problems
 from moecompress.recipe import Recipe
 from moecompress.stream.inventory import Owner, owners
 from moecompress.stream.locate import locate_model
@@ -90,7 +91,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     problems = _pass_problems(recipe, passes, model)
     warnings: list[str] = []
     schemes = {layer.index: _schemes(passes, model, layer.index) for layer in model.facts.layers}
-    output = _format(recipe, schemes, problems)
+    output = _format(recipe, model, schemes, problems)
     problems += _calibration_problems(recipe, passes, root)
     problems += _output_problems(recipe)
     owned = owners(model)
@@ -115,7 +116,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
 
 def _pass_problems(recipe: Recipe, passes: tuple[Pass, ...], model: StreamModel) -> list[str]:
     problems = []
-    if model.native is not None:
+    if model.compressed:
         problems.append(f"model '{recipe.model}': is already compressed by moecompress; start from the original")
     for spec, step in zip(recipe.passes, passes, strict=True):
         problems += [f"{spec.where}: {spec.name}: {problem}" for problem in step.check(model.facts)]
@@ -139,14 +140,19 @@ def _schemes(passes: tuple[Pass, ...], model: StreamModel, index: int) -> dict[s
     return chosen
 
 
-def _format(recipe: Recipe, schemes: Mapping[int, Mapping[str, Scheme]], problems: list[str]) -> Format:
+def _format(
+    recipe: Recipe, model: StreamModel, schemes: Mapping[int, Mapping[str, Scheme]], problems: list[str]
+) -> Format:
     wanted = recipe.output.format
     quantized = any(schemes.values())
-    if wanted == "native" and not quantized:
-        problems.append(message("output.format", "native, but nothing is quantized", "dense", "use format: dense"))
-    if wanted in ("dense", "native"):
-        return wanted  # type: ignore[return-value]
-    return "native" if quantized else "dense"
+    if wanted in ("native", "portable") and not quantized:
+        problems.append(message("output.format", f"{wanted}, but nothing is quantized", "dense", "use format: dense"))
+    if wanted in ("dense", "native") or not quantized:
+        return "native" if wanted == "native" else "dense"
+    unfit = portable_problems(model, schemes) if not model.compressed else []
+    if wanted == "portable":
+        problems += [message("output.format portable", text) for text in unfit]
+    return "native" if unfit and wanted == "auto" else "portable"
 
 
 def _calibration_problems(recipe: Recipe, passes: tuple[Pass, ...], root: Path) -> list[str]:

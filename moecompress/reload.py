@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moecompress.checkpoint.portable import QUANT_METHOD
 from moecompress.errors import OutputError, message
 from moecompress.layerstore import load_tensors
 from moecompress.plan import BATCH_TOKENS
 from moecompress.stream.model import open_model
+from moecompress.stream.skeleton import read_config_json
 from moecompress.stream.streams import final_logits, run_layer, start_run
 from moecompress.types import TokenSet
 
@@ -51,11 +54,13 @@ def fits_in_memory(weights: int) -> bool:
     return 3 * weights < free
 
 
-def whole_logits(root: Path, ids: Tensor) -> Tensor:
-    """Logits of the model loaded by transformers, the way a user loads it."""
+def whole_logits(root: Path, ids: Tensor, portable: bool = False) -> Tensor:
+    """Logits of the model loaded by transformers, the way a user loads it, computed in float32."""
     from moecompress.load import load
 
     model: Any = load(root, dtype=torch.float32)
+    if portable:
+        nn.Module.float(model)  # transformers leaves its experts in the dtype of the scales
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
 
@@ -78,11 +83,15 @@ def main(arguments: Sequence[str]) -> None:
     root, probe, threads, weights = Path(arguments[0]), Path(arguments[1]), int(arguments[2]), int(arguments[3])
     torch.set_num_threads(threads)
     stored = load_tensors(probe)
-    whole = fits_in_memory(weights)
+    portable = (read_config_json(root).get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+    lacking = portable and find_spec("compressed_tensors") is None
+    whole = fits_in_memory(weights) and not lacking
     found = (
-        whole_logits(root, stored["ids"]) if whole else streamed_logits(root, stored["ids"], probe.parent / "hidden")
+        whole_logits(root, stored["ids"], portable) if whole else streamed_logits(root, stored["ids"], probe.parent / "hidden")
     )
-    how = "whole model through transformers" if whole else "streamed, larger than memory"
+    how = "whole model through transformers"
+    if not whole:
+        how = "streamed, compressed-tensors is not installed" if lacking else "streamed, larger than memory"
     print(json.dumps({"how": how, "whole": whole, "difference": compare(stored["logits"], found)}))
 
 

@@ -22,7 +22,7 @@ from moecompress.stream.collect import Collector
 from moecompress.stream.layers import experts_of, filled_layer
 from moecompress.stream.streams import run_layer
 from moecompress.types import ExpertWeights, LayerWeights
-from moecompress.writing import settle
+from moecompress.writing import as_loaded, settle
 
 
 def process_layer(job: Job, sweep: Sweep, index: int, *, last: bool) -> LayerResult:
@@ -45,7 +45,8 @@ def process_layer(job: Job, sweep: Sweep, index: int, *, last: bool) -> LayerRes
         _collect_for_barrier(job, sweep.barrier, result.weights, statistics)
     if last:
         result.weights = settle(result.weights, original, job.plan.output)
-    compressed = _advance_compressed(job, result.weights)
+    loaded = as_loaded(result.weights, job.plan.output) if last else result.weights
+    compressed = _advance_compressed(job, loaded)
     if last and original.experts:
         result.row = _row(job, result, logs, compressed, statistics)
     return result

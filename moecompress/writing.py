@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,14 +12,17 @@ from torch import Tensor
 
 from moecompress.checkpoint.native import RecordLayout, expert_entries, linear_entries
 from moecompress.checkpoint.native_config import ExpertsLayout
+from moecompress.checkpoint.portable import packed_entries
 from moecompress.checkpoint.writer import Buffer, Entry, copy_entry, tensor_entry
+from moecompress.errors import OutputError, message
 from moecompress.numerics.grids import dequantize
+from moecompress.portable import one_scheme, portable_experts
 from moecompress.stream.expert_source import OutTensor, dense_tensors
 from moecompress.stream.mapping import Assembly, disassemble
 from moecompress.stream.model import StreamModel
-from moecompress.types import ExpertWeights, LayerWeights, QuantizedTensor, Weight
+from moecompress.types import PROJECTIONS, ExpertWeights, LayerWeights, QuantizedTensor, Scheme, Weight
 
-Format = Literal["dense", "native"]
+Format = Literal["dense", "native", "portable"]
 
 
 @dataclass
@@ -27,12 +30,14 @@ class Written:
     """Parts of the output that one layer (or the rest of the model) makes.
 
     manifest: source tensor -> {action, bits, group_size, outputs}. experts, linears: for the native config block.
+    portable: experts prefix or checkpoint module -> scheme, for the portable one.
     """
 
     entries: list[Entry] = field(default_factory=list)
     manifest: dict[str, dict[str, Any]] = field(default_factory=dict)
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)
     linears: dict[str, RecordLayout] = field(default_factory=dict)
+    portable: dict[str, Scheme] = field(default_factory=dict)
 
     def note(self, keys: Iterable[str], action: str, outputs: Sequence[str], weight: Weight | None = None) -> None:
         """Account for source tensors."""
@@ -74,6 +79,22 @@ def settle(weights: LayerWeights, original: LayerWeights, output: Format) -> Lay
     return LayerWeights(weights.index, tensors, experts)
 
 
+def as_loaded(weights: LayerWeights, output: Format) -> LayerWeights:
+    """The settled layer with the values it is run with: portable experts are rounded to their scales' dtype.
+
+    transformers expands them so while loading, whatever dtype the model is loaded in.
+    """
+    if output != "portable":
+        return weights
+
+    def loaded(value: Weight) -> Weight:
+        return dequantize(value, value.scales.dtype) if isinstance(value, QuantizedTensor) else value
+
+    return weights.with_experts(
+        tuple(replace(expert, gate_up=loaded(expert.gate_up), down=loaded(expert.down)) for expert in weights.experts)
+    )
+
+
 def _dtype(value: Weight | None) -> torch.dtype:
     if value is None:
         return torch.float32
@@ -90,6 +111,8 @@ def layer_output(model: StreamModel, original: LayerWeights, weights: LayerWeigh
             _copy(model, model.expert_sources[facts.index].checkpoint_keys, written)
         elif output == "native":
             _records(model, prefix, weights, written)
+        elif output == "portable":
+            _portable_experts(model, prefix, weights, written)
         else:
             _dense_experts(model, weights, written)
     done: set[int] = set()
@@ -97,7 +120,7 @@ def layer_output(model: StreamModel, original: LayerWeights, weights: LayerWeigh
         assembly = model.key_map.assemblies[f"{facts.name}.{name}"]
         if id(assembly) not in done:
             done.add(id(assembly))
-            _assembly(model, assembly, facts.name, original, weights, written)
+            _assembly(model, assembly, facts.name, original, weights, output, written)
     return written
 
 
@@ -146,6 +169,26 @@ def _records(model: StreamModel, prefix: str, weights: LayerWeights, written: Wr
     _note_companions(model, source.checkpoint_keys, written)
 
 
+def _portable_experts(model: StreamModel, prefix: str, weights: LayerWeights, written: Written) -> None:
+    source = model.expert_sources[weights.index]
+    try:
+        written.portable[prefix] = one_scheme(e.projection(name) for e in weights.experts for name in PROJECTIONS)
+        entries = portable_experts(source, weights.experts)
+    except ValueError as error:
+        raise OutputError(message(f"{prefix}: output.format portable", str(error), then="use native")) from None
+    written.entries += entries
+    kept = {entry.name for entry in entries}
+    for name, part in source.projections.items():
+        for number, keys in enumerate(part.keys):
+            for key in keys:
+                outputs = [f"{key}_packed", f"{key}_scale", f"{key}_shape"]
+                if outputs[0] in kept:
+                    written.note([key], "quantize", outputs, weights.experts[number].projection(name))
+                else:
+                    written.note([key], "drop", [])
+    _note_companions(model, source.checkpoint_keys, written)
+
+
 def _dense_experts(model: StreamModel, weights: LayerWeights, written: Written) -> None:
     source = model.expert_sources[weights.index]
     made = dense_tensors(source, weights.experts, lambda weight: weight, model.skeleton)
@@ -173,9 +216,10 @@ def _assembly(
     layer: str,
     original: LayerWeights,
     weights: LayerWeights,
+    output: Format,
     written: Written,
 ) -> None:
-    """One group of non-expert tensors: copied when untouched, records when quantized, else rewritten."""
+    """One group of non-expert tensors: copied when untouched, codes when quantized, else rewritten."""
     values = {target: weights.tensors[target.removeprefix(layer + ".")] for target in assembly.targets}
     before = {target: original.tensors[target.removeprefix(layer + ".")] for target in assembly.targets}
     if all(values[target] is before[target] for target in values):
@@ -188,7 +232,11 @@ def _assembly(
         return
     outputs: list[str] = []
     for target, value in values.items():
-        if isinstance(value, QuantizedTensor):
+        if isinstance(value, QuantizedTensor) and output == "portable":
+            module = assembly.keys[0].removesuffix(".weight")  # the plan has refused matrices stored otherwise
+            entries = packed_entries(module, value)
+            written.portable[module] = value.scheme
+        elif isinstance(value, QuantizedTensor):
             module = target.removesuffix(".weight")
             layout, entries = linear_entries(module, value)
             written.linears[module] = layout

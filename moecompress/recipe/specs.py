@@ -111,13 +111,6 @@ class OutputSpec(Spec):
     format: Literal["auto", "portable", "native", "dense"] = "auto"
     shard_size: str = "4GiB"
 
-    @field_validator("format")
-    @classmethod
-    def _exists(cls, value: str) -> str:
-        if value == "portable":
-            raise ValueError("not in this version; use native or dense (or auto, which chooses for you)")
-        return value
-
     @field_validator("shard_size")
     @classmethod
     def _is_size(cls, value: str) -> str:

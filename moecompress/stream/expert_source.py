@@ -15,10 +15,11 @@ from torch import Tensor
 
 from moecompress.errors import CheckpointError, message
 from moecompress.stream.mapping import Assembly, KeyMap, assemble, disassemble
-from moecompress.types import PROJECTIONS, ExpertWeights, MoESite, Projection
+from moecompress.types import PROJECTIONS, ExpertWeights, MoESite, Projection, QuantizedTensor, Weight
 
 Kind = Literal["per_expert", "stacked", "converted"]
 Read = Callable[..., Tensor]  # read(key, start=None, stop=None)
+ReadWeight = Callable[[str], Weight]  # one whole matrix, with its codes where it is stored so
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,14 @@ def _projection(name: str, site: MoESite, key_map: KeyMap) -> ProjectionSource:
 
 
 class ExpertReader:
-    """Reads experts of one layer in canonical layout. Holds the converted stack while a `converted` layer is read."""
+    """Reads experts of one layer in canonical layout. Holds the converted stack while a `converted` layer is read.
 
-    def __init__(self, source: ExpertSource, read: Read, model: Any) -> None:
+    read_weight: how one expert's own matrix is read, where that is not `read`.
+    """
+
+    def __init__(self, source: ExpertSource, read: Read, model: Any, read_weight: ReadWeight | None = None) -> None:
         self._source, self._read, self._model = source, read, model
+        self._read_weight = read_weight or read
         self._stacks: dict[Projection, Tensor] = {}
         self._biases = {
             name: assemble(assembly, read, model)[assembly.targets[0]] for name, assembly in source.biases.items()
@@ -100,11 +105,10 @@ class ExpertReader:
         biases = {name: None if name not in self._biases else self._biases[name][index].clone() for name in PROJECTIONS}
         return ExpertWeights(weights["gate_up"], weights["down"], biases["gate_up"], biases["down"])
 
-    def _weight(self, name: Projection, index: int) -> Tensor:
+    def _weight(self, name: Projection, index: int) -> Weight:
         part = self._source.projections[name]
         if part.kind == "per_expert":
-            blocks = [self._read(key) for key in part.keys[index]]
-            return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+            return _joined([self._read_weight(key) for key in part.keys[index]])
         if part.kind == "stacked":
             matrix = self._read(part.assembly.keys[0], index, index + 1)[0]
         else:
@@ -112,6 +116,20 @@ class ExpertReader:
                 self._stacks[name] = assemble(part.assembly, self._read, self._model)[part.assembly.targets[0]]
             matrix = self._stacks[name][index].clone()
         return matrix.T.contiguous() if self._source.site.transposed else matrix
+
+
+def _joined(blocks: list[Weight]) -> Weight:
+    """Row blocks of one matrix as one. Raises CheckpointError when they are not stored alike."""
+    if len(blocks) == 1:
+        return blocks[0]
+    dense = [block for block in blocks if isinstance(block, Tensor)]
+    if len(dense) == len(blocks):
+        return torch.cat(dense)
+    coded = [block for block in blocks if isinstance(block, QuantizedTensor)]
+    if dense or len({block.scheme for block in coded}) > 1 or coded[0].zeros is not None:
+        raise CheckpointError(message("expert", "gate and up are not quantized alike", "one scheme"))
+    codes, scales = (torch.cat([getattr(block, part) for block in coded]) for part in ("codes", "scales"))
+    return QuantizedTensor(codes, scales, None, coded[0].scheme)
 
 
 @dataclass(frozen=True)

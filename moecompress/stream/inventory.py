@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moecompress.checkpoint.portable_reader import PortableReader
 from moecompress.stream.model import StreamModel
 from moecompress.types import Role
 
@@ -40,7 +41,8 @@ def owners(model: StreamModel) -> Mapping[str, Owner]:
         for key in assembly.keys:
             found.setdefault(key, Owner(outer, None))
     for key in model.index.tensors:
-        found.setdefault(key, found.get(key.removesuffix("_scale_inv"), Owner("other", None)))
+        main = model.reader.logical_name(key) if isinstance(model.reader, PortableReader) else key
+        found.setdefault(key, found.get(main.removesuffix("_scale_inv"), Owner("other", None)))
     return found
 
 

@@ -15,6 +15,9 @@ from moecompress.arch.sites import find_layers, find_site, quantizable_linears, 
 from moecompress.checkpoint.index import CheckpointIndex, open_index
 from moecompress.checkpoint.native import decode, decode_linear
 from moecompress.checkpoint.native_config import NativeConfig
+from moecompress.checkpoint.portable import QUANT_METHOD as COMPRESSED_TENSORS
+from moecompress.checkpoint.portable import PortableConfig
+from moecompress.checkpoint.portable_reader import PortableReader
 from moecompress.checkpoint.reader import TensorReader
 from moecompress.errors import CheckpointError, UnsupportedModel, message
 from moecompress.experts import Experts
@@ -42,11 +45,17 @@ class StreamModel:
     tied: Mapping[str, str]  # module name -> the module tensor whose weights it shares
 
     @property
+    def compressed(self) -> bool:
+        """Whether the checkpoint already is an output of quantization, native or portable."""
+        return self.native is not None or isinstance(self.reader, PortableReader)
+
+    @property
     def layers(self) -> nn.ModuleList:
         return self.skeleton.get_submodule(self.layers_name)  # type: ignore[no-any-return]
 
     def read_layer(self, index: int, *, check: bool = True) -> LayerWeights:
-        """All weights of layer `index` in their stored dtypes (native: quantized).
+        """All weights of layer `index` in their stored dtypes (native: quantized; portable experts: expanded and
+        rounded to their scales' dtype, which is what transformers runs).
 
         check: raise CheckpointError, naming the tensor, when a float tensor holds NaN or Inf.
         """
@@ -76,16 +85,24 @@ class StreamModel:
         if self.native is not None and linear in self.native.linears:
             row = self.reader.read(f"{linear}.rec0")[0]
             return {name: decode_linear(self.native.linears[linear], row)}
-        made = assemble(self.key_map.assemblies[full], self.reader.read, self.skeleton)
+        assembly = self.key_map.assemblies[full]
+        if isinstance(self.reader, PortableReader) and assembly.converter is None:
+            return {name: self.reader.read_weight(assembly.keys[0])}
+        made = assemble(assembly, self.reader.read, self.skeleton)
         return {key.removeprefix(facts.name + "."): value for key, value in made.items()}
 
-    def _read_experts(self, facts: LayerFacts, check: bool) -> tuple[ExpertWeights, ...]:
+    def read_experts(self, index: int) -> tuple[ExpertWeights, ...]:
+        """The routed experts of layer `index` as they are stored, codes included; () for a dense layer."""
+        return self._read_experts(self.facts.layers[index], check=True, coded=True)
+
+    def _read_experts(self, facts: LayerFacts, check: bool, coded: bool = False) -> tuple[ExpertWeights, ...]:
         if facts.site is None:
             return ()
         prefix = f"{facts.name}.{facts.site.experts}"
         if self.native is not None and prefix in self.native.experts:
             return self._read_records(prefix, facts)
-        source = ExpertReader(self.expert_sources[facts.index], self.reader.read, self.skeleton)
+        packed = self.reader.read_weight if coded and isinstance(self.reader, PortableReader) else None
+        source = ExpertReader(self.expert_sources[facts.index], self.reader.read, self.skeleton, packed)
         experts = []
         for expert in range(facts.site.num_experts):
             weights = source.expert(expert)
@@ -130,9 +147,9 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
     """
     raw = read_config_json(root)
     config = load_config(root, trust_remote_code=trust_remote_code)
-    native, block = _quantization(root, raw)
+    native, portable, block = _quantization(root, raw)
     index = open_index(root)
-    reader = TensorReader(index, block=block)
+    reader = TensorReader(index, block=block) if portable is None else PortableReader(index, portable)
     skeleton: Any = build_skeleton(config, trust_remote_code=trust_remote_code)
     layers_name, layers = find_layers(skeleton, config.model_type)
     plain = [name for name in reader.names() if native is None or not _is_native_tensor(native, name)]
@@ -167,21 +184,25 @@ def _comes_from_native(native: NativeConfig, name: str) -> bool:
     return module in native.experts and not leaf.endswith("_bias")
 
 
-def _quantization(root: Path, raw: Mapping[str, Any]) -> tuple[NativeConfig | None, tuple[int, int] | None]:
+def _quantization(
+    root: Path, raw: Mapping[str, Any]
+) -> tuple[NativeConfig | None, PortableConfig | None, tuple[int, int] | None]:
     block = raw.get("quantization_config")
     if block is None:
-        return None, None
+        return None, None, None
     method = block.get("quant_method") if isinstance(block, dict) else None
     if method == "moecompress":
-        return NativeConfig.from_json(block), None
+        return NativeConfig.from_json(block), None, None
+    if method == COMPRESSED_TENSORS:
+        return None, PortableConfig.from_json(block), None
     if method == "fp8" and block.get("weight_block_size"):
         rows, columns = block["weight_block_size"]
-        return None, (int(rows), int(columns))
+        return None, None, (int(rows), int(columns))
     raise UnsupportedModel(
         message(
             str(root / "config.json"),
             f"the checkpoint is already quantized (quant_method {method!r})",
-            "unquantized, FP8 with weight_block_size, or moecompress's own format",
+            "unquantized, FP8 with weight_block_size, or moecompress's native and portable formats",
             "start from the original checkpoint",
         )
     )
