@@ -14,6 +14,7 @@ from moecompress.arch.quirks import top_k
 from moecompress.arch.sites import find_layers, find_site, quantizable_linears, role_of
 from moecompress.checkpoint.index import CheckpointIndex, open_index
 from moecompress.checkpoint.native import decode, decode_linear
+from moecompress.checkpoint.native_check import check_records, comes_from_native, is_native_tensor
 from moecompress.checkpoint.native_config import NativeConfig
 from moecompress.checkpoint.portable import QUANT_METHOD as COMPRESSED_TENSORS
 from moecompress.checkpoint.portable import PortableConfig
@@ -141,7 +142,7 @@ class StreamModel:
 
 
 def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
-    """Open a Hugging Face or native moecompress checkpoint directory. Reads headers only, no tensor data.
+    """Open a Hugging Face or native moecompress checkpoint directory. Reads headers (and slot maps), no weights.
 
     Raises CheckpointError (files, contradictions between config and tensors) and UnsupportedModel.
     """
@@ -150,9 +151,11 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
     native, portable, block = _quantization(root, raw)
     index = open_index(root)
     reader = TensorReader(index, block=block) if portable is None else PortableReader(index, portable)
+    if native is not None:
+        check_records(native, index, reader.read)
     skeleton: Any = build_skeleton(config, trust_remote_code=trust_remote_code)
     layers_name, layers = find_layers(skeleton, config.model_type)
-    plain = [name for name in reader.names() if native is None or not _is_native_tensor(native, name)]
+    plain = [name for name in reader.names() if native is None or not is_native_tensor(native, name)]
     key_map = build_key_map(skeleton, plain)
     tied = dict(getattr(skeleton, "all_tied_weights_keys", {}) or {})
     facts = _facts(root, config, raw, skeleton, layers_name, layers, index, native)
@@ -166,22 +169,6 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
         if layer.site is not None:
             _replace_experts(layers[layer.index], layer.site.experts)
     return StreamModel(root, config, raw, facts, skeleton, layers_name, index, reader, key_map, sources, native, tied)
-
-
-def _is_native_tensor(native: NativeConfig, name: str) -> bool:
-    """Whether a checkpoint tensor belongs to the native format: records, slot maps and guards."""
-    module, _, leaf = name.rpartition(".")
-    if module in native.linears:
-        return leaf in ("rec0", "weight")
-    return module in native.experts and (leaf.startswith("rec") or leaf in ("slot_map", "down_proj"))
-
-
-def _comes_from_native(native: NativeConfig, name: str) -> bool:
-    """Whether a module tensor is made from records: expert matrices (not their biases) and quantized linears."""
-    module, _, leaf = name.rpartition(".")
-    if module in native.linears:
-        return leaf == "weight"
-    return module in native.experts and not leaf.endswith("_bias")
 
 
 def _quantization(
@@ -270,7 +257,7 @@ def _check_complete(
     """Every module tensor has a source, and renamed-only tensors have the module's shape."""
     missing, wrong = [], []
     for name, value in skeleton.state_dict().items():
-        if native is not None and _comes_from_native(native, name):
+        if native is not None and comes_from_native(native, name):
             continue
         assembly = key_map.assemblies.get(name)
         if assembly is None:
