@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompress.calib.sources import required_files
-from moecompress.errors import MoecompressError, message
+from moecompress.errors import MoecompressError, UnsupportedModel, message
 from moecompress.estimate import Estimate, estimate
 from moecompress.passes.base import Pass, Scope
 from moecompress.portable import portable_problems
@@ -20,6 +20,7 @@ from moecompress.recipe import Recipe
 from moecompress.stream.inventory import Owner, owners
 from moecompress.stream.locate import locate_model
 from moecompress.stream.model import StreamModel, open_model
+from moecompress.tasknames import memory_problems, task_problems
 from moecompress.types import PROJECTIONS, Scheme
 from moecompress.writing import Format
 
@@ -87,16 +88,21 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     """Resolve the recipe against its checkpoint. Raises only when the checkpoint cannot be opened at all."""
     root = locate_model(recipe.model, recipe.revision)
     model = open_model(root, trust_remote_code=recipe.trust_remote_code)
+    if model.compressed:
+        found = "is already compressed by moecompress"
+        raise UnsupportedModel(message(f"model '{recipe.model}'", found, then="start from the original checkpoint"))
     passes = passes_of(recipe)
     problems = _pass_problems(recipe, passes, model)
     warnings: list[str] = []
-    schemes = {layer.index: _schemes(passes, model, layer.index) for layer in model.facts.layers}
+    sound = tuple(step for step in passes if not step.check(model.facts))  # the others' sizes cannot be told
+    schemes = {layer.index: _schemes(sound, model, layer.index) for layer in model.facts.layers}
     output = _format(recipe, model, schemes, problems)
     problems += _calibration_problems(recipe, passes, root)
     problems += _output_problems(recipe)
     owned = owners(model)
     cost = estimate(recipe, model, owned, schemes, output, len(cut_sweeps(passes)), BATCH_TOKENS, PROBE_TOKENS)
     problems += _resource_problems(recipe, cost, memory)
+    problems += memory_problems(recipe.evaluate.tasks, "evaluate.tasks", cost.output_bytes)
     if not recipe.calibration:
         warnings.append("no calibration: token counts and held-out errors are not measured")
     return Plan(
@@ -116,8 +122,6 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
 
 def _pass_problems(recipe: Recipe, passes: tuple[Pass, ...], model: StreamModel) -> list[str]:
     problems = []
-    if model.compressed:
-        problems.append(f"model '{recipe.model}': is already compressed by moecompress; start from the original")
     for spec, step in zip(recipe.passes, passes, strict=True):
         problems += [f"{spec.where}: {spec.name}: {problem}" for problem in step.check(model.facts)]
         if step.needs() and not recipe.calibration:
@@ -149,7 +153,7 @@ def _format(
         problems.append(message("output.format", f"{wanted}, but nothing is quantized", "dense", "use format: dense"))
     if wanted in ("dense", "native") or not quantized:
         return "native" if wanted == "native" else "dense"
-    unfit = portable_problems(model, schemes) if not model.compressed else []
+    unfit = portable_problems(model, schemes)
     if wanted == "portable":
         problems += [message("output.format portable", text) for text in unfit]
     return "native" if unfit and wanted == "auto" else "portable"
@@ -167,7 +171,7 @@ def _calibration_problems(recipe: Recipe, passes: tuple[Pass, ...], root: Path) 
         except MoecompressError as error:
             problems.append(str(error))
     texts = [spec for spec in recipe.calibration.values() if spec.source != "tokens"]
-    if texts or recipe.evaluate.perplexity:
+    if texts or recipe.evaluate.perplexity or recipe.evaluate.tasks:
         try:
             load_tokenizer(root, trust_remote_code=recipe.trust_remote_code)
         except MoecompressError as error:
@@ -175,6 +179,7 @@ def _calibration_problems(recipe: Recipe, passes: tuple[Pass, ...], root: Path) 
     for ref in recipe.evaluate.perplexity:
         if ":" not in ref and not Path(ref).is_file():
             problems.append(message("evaluate.perplexity", f"no file '{ref}'", "a text file or python-stdlib:heldout"))
+    problems += task_problems(recipe.evaluate.tasks, "evaluate.tasks")
     return problems
 
 

@@ -16,6 +16,7 @@ import families
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moecompress.arch.quirks import UNSUPPORTED
@@ -99,6 +100,43 @@ def _parts(first: Any, second: Any) -> Iterable[tuple[Tensor, Tensor]]:
             yield value, other
 
 
+def _to_blocks(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """FP8 codes and the scale of every block of `size` x `size`, in the layout of DeepSeek-V3."""
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(-(-rows // size), -(-columns // size))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            block = (slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size))
+            scales[i, j] = weight[block].abs().max() / 448
+            codes[block] = (weight[block] / scales[i, j]).to(torch.float8_e4m3fn)
+    return codes, scales
+
+
+def _from_blocks(codes: Tensor, scales: Tensor, size: int) -> Tensor:
+    big = scales.repeat_interleave(size, 0)[: codes.shape[0]].repeat_interleave(size, 1)[:, : codes.shape[1]]
+    return (codes.float() * big).to(torch.bfloat16)
+
+
+def make_fp8(path: Path, dense: Path, size: int) -> None:
+    """Turn the checkpoint at `path` into an FP8 one; `dense` gets the same values in bfloat16."""
+    tensors = load_file(path / "model.safetensors")
+    plain = dict(tensors)
+    for name, weight in tensors.copy().items():
+        if weight.ndim == 2 and any(part in name for part in ("mlp.", "self_attn.")) and ".gate." not in name:
+            codes, scales = _to_blocks(weight.float(), size)
+            tensors[name], tensors[f"{name}_scale_inv"] = codes, scales
+            plain[name] = _from_blocks(codes, scales, size)
+    assert any(name.endswith("experts.3.up_proj.weight_scale_inv") for name in tensors)
+    dense.mkdir()
+    save_file(plain, dense / "model.safetensors", {"format": "pt"})
+    (dense / "config.json").write_text((path / "config.json").read_text())
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [size, size]}
+    (path / "config.json").write_text(json.dumps(config))
+
+
 def write_recipe(folder: Path, model: Path, passes: Sequence[Any] | None = None, **sections: Any) -> Path:
     """A recipe file in `folder` for `model`; its output is `folder/out`."""
     data = {"model": str(model), "passes": list(passes or [{"quantize.rtn": {"bits": 4, "group_size": 32}}])}
@@ -128,7 +166,7 @@ def command_line(*arguments: object) -> list[str]:
 
 
 def reload_here(patch: pytest.MonkeyPatch) -> None:
-    """Let the reload check of a run work in this process: a fresh one spends seconds on imports, for every run."""
+    """Let runs be quick: the reload check works in this process (a fresh one spends seconds on imports)."""
     from moecompress import reload
 
     def here(arguments: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -142,6 +180,7 @@ def reload_here(patch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(arguments, 0, out.getvalue(), "")
 
     patch.setattr("moecompress.finish.subprocess.run", here)
+    patch.setattr("os.fsync", lambda _: None)  # what survives a power cut is not asked here
 
 
 def read_json(path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import engine
@@ -10,7 +9,6 @@ import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from moecompress.arch.quirks import UNSUPPORTED
 from moecompress.errors import UnsupportedModel
@@ -65,47 +63,10 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     assert_equal(path, tmp_path)
 
 
-def to_blocks(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """FP8 codes and the scale of every block of `size` x `size`, in the layout of DeepSeek-V3."""
-    rows, columns = weight.shape
-    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(-(-rows // size), -(-columns // size))
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            block = (slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size))
-            scales[i, j] = weight[block].abs().max() / 448
-            codes[block] = (weight[block] / scales[i, j]).to(torch.float8_e4m3fn)
-    return codes, scales
-
-
-def from_blocks(codes: Tensor, scales: Tensor, size: int) -> Tensor:
-    big = scales.repeat_interleave(size, 0)[: codes.shape[0]].repeat_interleave(size, 1)[:, : codes.shape[1]]
-    return (codes.float() * big).to(torch.bfloat16)
-
-
-def make_fp8(path: Path, dense: Path, size: int) -> None:
-    """Turn the checkpoint at `path` into an FP8 one; `dense` gets the same values in bfloat16."""
-    tensors = load_file(path / "model.safetensors")
-    plain = dict(tensors)
-    for name, weight in tensors.copy().items():
-        if weight.ndim == 2 and any(part in name for part in ("mlp.", "self_attn.")) and ".gate." not in name:
-            codes, scales = to_blocks(weight.float(), size)
-            tensors[name], tensors[f"{name}_scale_inv"] = codes, scales
-            plain[name] = from_blocks(codes, scales, size)
-    assert any(name.endswith("experts.3.up_proj.weight_scale_inv") for name in tensors)
-    dense.mkdir()
-    save_file(plain, dense / "model.safetensors", {"format": "pt"})
-    (dense / "config.json").write_text((path / "config.json").read_text())
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [size, size]}
-    (path / "config.json").write_text(json.dumps(config))
-
-
 @pytest.mark.parametrize("size", [16, 24])  # 24 leaves ragged blocks
 def test_block_scaled_fp8_source(size: int, tmp_path: Path) -> None:
     path = families.save_tiny("deepseek_v3", tmp_path / "model")
-    make_fp8(path, tmp_path / "dense", size)
+    engine.make_fp8(path, tmp_path / "dense", size)
     model = open_model(path)
     found = engine.streamed_logits(model, IDS, tmp_path / "hidden")
     assert engine.difference(found, engine.own_logits(tmp_path / "dense", IDS)) <= TOLERANCE
