@@ -6,8 +6,6 @@ the measured peak.
 
 from __future__ import annotations
 
-import os
-import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from moecompress.checkpoint.native import plan_record
+from moecompress.memory import resident_bytes
 from moecompress.numerics.grids import stored_bits
 from moecompress.numerics.packing import row_bytes
 from moecompress.recipe import Recipe
@@ -39,21 +38,6 @@ class Estimate:
     total_bits_per_weight: float
     component_bytes: Mapping[str, tuple[int, int]]  # role -> (source, output)
     parts: Mapping[str, int]
-
-
-def resident_bytes() -> int:
-    """This process's resident memory now (Linux; elsewhere the maximum so far)."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            pages = int(file.read().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_resident()
-
-
-def peak_resident() -> int:
-    """The largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def estimate(

@@ -16,11 +16,11 @@ from moecompress.calib.tokenizer import load_tokenizer
 from moecompress.calib.tokens import build_token_set, make_token_set
 from moecompress.checkpoint.writer import atomic_write
 from moecompress.errors import RecipeError, Stopped, message
-from moecompress.estimate import peak_resident
 from moecompress.fingerprint import fingerprint
 from moecompress.finish import finish
 from moecompress.job import PROBE, Job, LayerResult, seeded
 from moecompress.layerstore import load_decision, load_tensors, save_decision
+from moecompress.memory import peak_resident, return_freed_memory
 from moecompress.parts import layer_file, write_part
 from moecompress.passes.base import Decision, ModelContext, Scope
 from moecompress.plan import BATCH_TOKENS, PROBE_TOKENS, Sweep, make_plan, passes_of
@@ -48,6 +48,7 @@ def run(
     a full disk, and the other MoecompressErrors. Nothing appears at the output path before all is written and checked.
     """
     shown = progress or NoProgress()
+    return_freed_memory()
     began = time.perf_counter()
     plan = make_plan(recipe, memory)
     if plan.problems:

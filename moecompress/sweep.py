@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moecompress.arch.quirks import scoring
-from moecompress.estimate import resident_bytes
 from moecompress.job import PROBE, SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, each_once, seeded
 from moecompress.layerstore import load_decision, load_layer, save_decision, save_layer, save_tensors
 from moecompress.measure import expert_rows, router_comparison, stream_error
+from moecompress.memory import resident_bytes
 from moecompress.passes.base import LayerContext, Pass, RowsToHidden, Scope
 from moecompress.plan import Sweep
 from moecompress.stats.base import Statistic

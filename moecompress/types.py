@@ -6,7 +6,7 @@ G groups per row, b bits. All classes here are frozen; functions return new valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -118,7 +118,7 @@ class LayerWeights:
 
     index: int
     tensors: Mapping[str, Weight]
-    experts: tuple[ExpertWeights, ...] = ()
+    experts: Sequence[ExpertWeights] = ()
 
     def with_tensors(self, changed: Mapping[str, Weight]) -> LayerWeights:
         unknown = sorted(set(changed) - set(self.tensors))
@@ -126,7 +126,7 @@ class LayerWeights:
             raise KeyError(f"layer {self.index} has no tensors {unknown}")
         return replace(self, tensors={**self.tensors, **changed})
 
-    def with_experts(self, experts: tuple[ExpertWeights, ...]) -> LayerWeights:
+    def with_experts(self, experts: Sequence[ExpertWeights]) -> LayerWeights:
         return replace(self, experts=experts)
 
 

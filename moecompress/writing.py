@@ -87,12 +87,25 @@ def as_loaded(weights: LayerWeights, output: Format) -> LayerWeights:
     if output != "portable":
         return weights
 
-    def loaded(value: Weight) -> Weight:
-        return dequantize(value, value.scales.dtype) if isinstance(value, QuantizedTensor) else value
+    return weights.with_experts(_AsLoaded(weights.experts))
 
-    return weights.with_experts(
-        tuple(replace(expert, gate_up=loaded(expert.gate_up), down=loaded(expert.down)) for expert in weights.experts)
-    )
+
+class _AsLoaded(Sequence[ExpertWeights]):
+    """Experts expanded to their scales' dtype when asked for: one at a time, never a dense copy of the layer."""
+
+    def __init__(self, experts: Sequence[ExpertWeights]) -> None:
+        self._experts = experts
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, index: Any) -> Any:
+        expert = self._experts[index]
+        return replace(expert, gate_up=_expanded(expert.gate_up), down=_expanded(expert.down))
+
+
+def _expanded(value: Weight) -> Weight:
+    return dequantize(value, value.scales.dtype) if isinstance(value, QuantizedTensor) else value
 
 
 def _dtype(value: Weight | None) -> torch.dtype:

@@ -14,20 +14,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moecompress"
 LAYERS = (
-    ("errors", "progress", "sizes", "types"),
+    ("errors", "memory", "progress", "sizes", "types"),
     ("checkpoint", "numerics", "stats"),
     ("arch", "ops"),
     ("experts", "stream", "calib", "load"),
     ("passes",),
-    ("recipe", "registry", "fingerprint", "estimate", "plan", "run", "rundir", "writing"),
-    ("evaluate", "report", "doctor", "inspect", "cli", "__main__"),
+    ("recipe", "registry", "fingerprint", "rundir", "layerstore", "measure", "portable", "writing"),
+    ("estimate", "plan", "plan_text", "job", "sweep", "parts"),
+    ("evaluate", "evalstore", "tasks", "tasknames", "taskresults", "humaneval", "sandbox", "report"),
+    # a run ends with a reload check, an evaluation and a report, so it stands above them
+    ("reload", "results", "finish", "run", "export", "inspect", "doctor"),
+    ("cli", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Outside library -> rooms that may import it, even inside a function.
 RESERVED = {
-    "transformers": ("experts", "stream", "calib", "load", "evaluate"),
+    "transformers": ("experts", "stream", "calib", "load", "evaluate", "tasks"),
     "datasets": ("calib", "evaluate"),
-    "lm_eval": ("evaluate",),
+    "lm_eval": ("tasks",),
     "matplotlib": ("report",),
     "typer": ("cli",),
     "moecompress_kernels": ("ops",),
