@@ -43,6 +43,7 @@ class Decision:
 
 Forward = Callable[[ExpertWeights, Tensor], Tensor]
 RowsToHidden = Callable[[Tensor], Tensor]
+Collect = Callable[[Sequence[Statistic], LayerWeights], Mapping[str, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class LayerContext:
     block_error: rows int64 [m] (global token positions) -> float32 [m, H], the original stream's layer output minus the
     compressed stream's with the weights of this context: what a better layer could still make up for. Only for
     passes that set `needs_block_error`; raises LookupError otherwise.
+    collect: runs the layer with the given weights on the pass's stream once more and returns these statistics finished:
+    for passes whose statistics would not fit in memory together, or that change the layer in several steps.
     """
 
     facts: ModelFacts
@@ -67,6 +70,7 @@ class LayerContext:
     activate: Callable[[Tensor], Tensor]
     generator: Callable[..., torch.Generator]
     block_error: RowsToHidden
+    collect: Collect
 
     def evaluate(self, expert: int, candidate: ExpertWeights) -> float | None:
         """Relative squared output error of a candidate for one expert on the layer's token sample (`token_sample`).
@@ -127,6 +131,16 @@ class Pass(BaseModel):
         """Statistics this pass reads; empty = data-free."""
         return ()
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether the pass cannot run without calibration."""
+        return bool(self.needs())
+
+    def statistics_bytes(self, layer: LayerFacts) -> int:
+        """Bytes of the statistics this pass holds at once for one layer."""
+        site = layer.site
+        return 0 if site is None else sum(item.state_bytes(site) for item in self.needs())
+
     def check(self, facts: ModelFacts) -> list[str]:
         """Every reason why this pass cannot run on this model; empty = it can. Sees no tensors."""
         return []
@@ -138,6 +152,11 @@ class Pass(BaseModel):
     def decide(self, context: Any) -> Decision:
         """What to do, from the context of the pass's scope."""
         return Decision({})
+
+    def process(self, context: LayerContext) -> tuple[Decision, LayerWeights]:
+        """`decide`, then `apply`. A pass whose decision falls out of the work itself does both at once here."""
+        decision = self.decide(context)
+        return decision, self.apply(context, decision)
 
     def apply(self, context: LayerContext, decision: Decision) -> LayerWeights:
         """The layer's new weights. Pure and deterministic."""
@@ -160,13 +179,17 @@ def group_problems(columns: Mapping[str, int], group_size: int) -> list[str]:
 
 
 def input_columns(facts: ModelFacts, targets: Sequence[Target]) -> dict[str, int]:
-    """Input size of every kind of matrix that the targets select, named for messages."""
+    """Input sizes of every kind of matrix that the targets select, named for messages."""
     sizes: dict[str, int] = {}
+    seen: set[tuple[str, int]] = set()
     for layer in facts.layers:
         if layer.site is not None and "routed_experts" in targets:
             sizes["experts gate_up"], sizes["experts down"] = layer.site.hidden, layer.site.width
         for name in selected_linears(layer, targets):
-            sizes[name] = layer.shapes[name][1]
+            size = layer.shapes[name][1]
+            if (name, size) not in seen:
+                seen.add((name, size))
+                sizes[name if name not in sizes else f"{name} of layer {layer.index}"] = size
     return sizes
 
 
