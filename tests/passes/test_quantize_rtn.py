@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine
@@ -14,9 +15,8 @@ from torch import Tensor
 
 from moecompress.experts import materialise
 from moecompress.numerics.grids import NORM
-from moecompress.passes.base import Decision, LayerContext
+from moecompress.passes.base import Decision
 from moecompress.passes.quantize_rtn import QuantizeRTN
-from moecompress.stream.layers import experts_of, filled_layer
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.types import LayerWeights, QuantizedTensor, Scheme, Weight
 
@@ -32,24 +32,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> StreamModel:
     return open_model(families.save_tiny("deepseek_v3", path, torch.bfloat16, **sizes))
 
 
+def context_of(model: StreamModel, weights: LayerWeights) -> Any:
+    """All that this pass looks at."""
+    return SimpleNamespace(layer=model.facts.layers[weights.index], weights=weights, scale_dtype=torch.bfloat16)
+
+
 def applied(model: StreamModel, step: QuantizeRTN, index: int = 1) -> tuple[LayerWeights, LayerWeights]:
     """The layer before and after."""
     before = model.read_layer(index)
-    facts = model.facts.layers[index]
-    with filled_layer(model, before) as layer:
-        assert facts.site is None or experts_of(layer, facts.site.experts)
-        context = LayerContext(
-            facts=model.facts,
-            layer=facts,
-            weights=before,
-            statistics={},
-            scale_dtype=torch.bfloat16,
-            forward=lambda *_: torch.empty(0),
-            activate=lambda x: x,
-            generator=torch.Generator,
-            block_error=lambda rows: rows,
-        )
-        return before, step.apply(context, step.decide(context))
+    context = context_of(model, before)
+    return before, step.apply(context, step.decide(context))
 
 
 def errors(before: LayerWeights, after: LayerWeights, power: int = 2) -> float:
@@ -193,19 +185,8 @@ def test_a_target_the_model_does_not_have_is_a_problem(bench_a: Path) -> None:
 
 def test_codes_of_an_earlier_pass_are_left_alone(model: StreamModel) -> None:
     _, first = applied(model, QuantizeRTN(bits=8, group_size=32))
-    facts = model.facts.layers[1]
     step = QuantizeRTN(bits=2, group_size=32)
-    context = LayerContext(
-        model.facts,
-        facts,
-        first,
-        {},
-        torch.bfloat16,
-        lambda *_: torch.empty(0),
-        lambda x: x,
-        torch.Generator,
-        lambda x: x,
-    )
+    context = context_of(model, first)
     again = step.apply(context, step.decide(context))
     assert all(a.gate_up is b.gate_up and a.down is b.down for a, b in zip(first.experts, again.experts, strict=True))
 
@@ -214,17 +195,7 @@ def test_apply_follows_the_decision(model: StreamModel) -> None:
     """An edited decision that names fewer targets quantizes fewer."""
     before = model.read_layer(1)
     step = QuantizeRTN(group_size=32, targets=("routed_experts", "attention"))
-    context = LayerContext(
-        model.facts,
-        model.facts.layers[1],
-        before,
-        {},
-        torch.bfloat16,
-        lambda *_: torch.empty(0),
-        lambda x: x,
-        torch.Generator,
-        lambda x: x,
-    )
+    context = context_of(model, before)
     name = "self_attn.o_proj.weight"
     assert {"gate_up", "down", name} < set(step.decide(context).data["targets"])
     after = step.apply(context, Decision({"bits": 4, "targets": [name]}))
