@@ -121,6 +121,24 @@ def verify(directory: DirArgument) -> None:
 
 
 @app.command()
+def export(
+    directory: DirArgument,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="portable, container, dense or gptq.")],
+    out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Round again what the format cannot hold exactly.")
+    ] = False,
+) -> None:
+    """Write an output directory in another format, exactly or not at all."""
+    from moecompress.export import export_dir
+    from moecompress.progress import open_progress
+
+    with open_progress(sys.stderr) as progress:
+        result = export_dir(directory, form, out, allow_lossy=allow_lossy, progress=progress)  # type: ignore[arg-type]
+    typer.echo(result)
+
+
+@app.command()
 def recipes() -> None:
     """List the catalogue."""
     from moecompress.recipe import catalogue

@@ -21,7 +21,7 @@ from moecompress.estimate import peak_resident
 from moecompress.job import PROBE, Job
 from moecompress.layerstore import save_tensors
 from moecompress.parts import layer_file, outer_part
-from moecompress.portable import config_block
+from moecompress.portable import Layout, config_block
 from moecompress.progress import Progress
 from moecompress.recipe import resolved_yaml
 from moecompress.stream.streams import final_logits
@@ -95,7 +95,8 @@ def _quantization_block(job: Job, parts: list[dict[str, Any]]) -> dict[str, Any]
         return None
     if len(experts) != 1 or len(set(linears.values())) > 1:
         raise OutputError(message("output.format portable", f"layers with schemes {found}", "one", "use native"))
-    return config_block(job.model, experts.pop(), next(iter(linears.values()), None), linears).to_json()
+    scheme, other = experts.pop(), next(iter(linears.values()), None)
+    return config_block(Layout.of(job.model), scheme, other, linears).to_json()
 
 
 def _write_config(job: Job, block: Mapping[str, Any] | None) -> None:

@@ -149,7 +149,7 @@ def _format(
 ) -> Format:
     wanted = recipe.output.format
     quantized = any(schemes.values())
-    if wanted in ("native", "portable") and not quantized:
+    if wanted in ("native", "portable") and not quantized and not problems:
         problems.append(message("output.format", f"{wanted}, but nothing is quantized", "dense", "use format: dense"))
     if wanted in ("dense", "native") or not quantized:
         return "native" if wanted == "native" else "dense"

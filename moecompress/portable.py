@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,11 +15,30 @@ from torch import nn
 from moecompress.checkpoint.portable import PortableConfig, packed_entries, portable_config
 from moecompress.checkpoint.writer import Entry
 from moecompress.stream.expert_source import ExpertSource
+from moecompress.stream.mapping import KeyMap
 from moecompress.stream.model import StreamModel
 from moecompress.types import PROJECTIONS, ExpertWeights, MoESite, QuantizedTensor, Scheme, Weight
 
 WIDTHS = (2, 3, 4, 8)
 _NUMBERED = re.compile(r"^(.*\.experts)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the source checkpoint names things: for an export of records, not what is stored now."""
+
+    model: StreamModel
+    key_map: KeyMap
+    sources: Mapping[int, ExpertSource]
+
+    @staticmethod
+    def of(model: StreamModel) -> Layout:
+        return Layout(model, model.key_map, model.expert_sources)
+
+    @property
+    def routed(self) -> frozenset[str]:
+        """Checkpoint tensors of routed experts."""
+        return frozenset(key for source in self.sources.values() for key in source.checkpoint_keys)
 
 
 def scheme_problem(scheme: Scheme | None) -> str | None:
@@ -39,10 +59,10 @@ def scheme_problem(scheme: Scheme | None) -> str | None:
     return None
 
 
-def source_problems(model: StreamModel) -> list[str]:
-    """What in the checkpoint's own layout has no names in compressed-tensors."""
+def layout_problems(layout: Layout) -> list[str]:
+    """What in the source checkpoint's layout has no names in compressed-tensors."""
     problems = []
-    for index, source in model.expert_sources.items():
+    for index, source in layout.sources.items():
         keys = [key for part in source.projections.values() for expert in part.keys for key in expert]
         kinds = {part.kind for part in source.projections.values()}
         if kinds != {"per_expert"} or any(not key.endswith(".weight") for key in keys):
@@ -53,10 +73,31 @@ def source_problems(model: StreamModel) -> list[str]:
             )
         elif source.biases:
             problems.append(f"layer {index} has expert biases; use format: native or dense")
-    counts = {layer.site.num_experts for layer in model.facts.moe_layers if layer.site is not None}
+    counts = {layer.site.num_experts for layer in layout.model.facts.moe_layers if layer.site is not None}
     if len(counts) > 1:
         problems.append(f"layers have different numbers of experts ({sorted(counts)}); use format: native")
+    converted = _lost_in_conversion(layout)
+    if converted:
+        problems.append(
+            f"transformers joins several tensors into '{converted[0]}' and fails to when it expects packed weights; "
+            "use format: native or dense"
+        )
     return _first(problems)
+
+
+def _lost_in_conversion(layout: Layout) -> list[str]:
+    """Module tensors (no experts) that transformers 5.23 cannot convert in a compressed-tensors checkpoint.
+
+    It puts its expansion of packed weights before every conversion whose sources all end in `.weight`.
+    """
+    routed = layout.routed
+    return [
+        target
+        for target, assembly in layout.key_map.assemblies.items()
+        if assembly.converter is not None
+        and not routed.intersection(assembly.keys)
+        and all(pattern.endswith(".weight") for pattern in assembly.patterns)
+    ]
 
 
 def portable_problems(model: StreamModel, schemes: Mapping[int, Mapping[str, Scheme]]) -> list[str]:
@@ -64,7 +105,7 @@ def portable_problems(model: StreamModel, schemes: Mapping[int, Mapping[str, Sch
 
     schemes: layer -> {"gate_up", "down", names of linears} -> scheme, as a plan has them.
     """
-    problems = source_problems(model)
+    problems = layout_problems(Layout.of(model))
     experts = [schemes[layer.index].get(name) for layer in model.facts.moe_layers for name in PROJECTIONS]
     found = [scheme_problem(scheme) for scheme in experts]
     problems += [text for text in dict.fromkeys(found) if text is not None]
@@ -84,9 +125,7 @@ def portable_problems(model: StreamModel, schemes: Mapping[int, Mapping[str, Sch
         problems.append("the other matrices have several schemes; use one for all of them, or format: native")
     converted = [name for name in linears if not _plain_linear(model, name)]
     if converted:
-        problems.append(
-            f"'{converted[0]}' is stored in another shape than the module has; leave it out or use native"
-        )
+        problems.append(f"'{converted[0]}' is stored in another shape than the module has; leave it out or use native")
     return problems
 
 
@@ -124,9 +163,7 @@ def expert_matrices(
 
 def portable_experts(source: ExpertSource, experts: Sequence[ExpertWeights]) -> list[Entry]:
     """Entries of one layer's routed experts. Raises ValueError for what the format cannot hold."""
-    return [
-        entry for _, _, module, part in expert_matrices(source, experts) for entry in packed_entries(module, part)
-    ]
+    return [entry for _, _, module, part in expert_matrices(source, experts) for entry in packed_entries(module, part)]
 
 
 def one_scheme(weights: Iterable[Weight]) -> Scheme:
@@ -139,34 +176,35 @@ def one_scheme(weights: Iterable[Weight]) -> Scheme:
     return scheme
 
 
-def config_block(
-    model: StreamModel, experts: Scheme, linears: Scheme | None, quantized: Collection[str]
-) -> PortableConfig:
+def config_block(layout: Layout, experts: Scheme, linears: Scheme | None, quantized: Collection[str]) -> PortableConfig:
     """The `quantization_config` of a portable output. quantized: checkpoint modules (not experts) with codes."""
-    return portable_config(experts, linears, ignored_modules(model, quantized))
+    return portable_config(experts, linears, ignored_modules(layout, quantized))
 
 
-def ignored_modules(model: StreamModel, quantized: Collection[str]) -> list[str]:
+def ignored_modules(layout: Layout, quantized: Collection[str]) -> list[str]:
     """Every module with a matrix that has no codes, under its checkpoint name and under transformers' own.
 
     An incomplete list is fatal: engines would look for codes that are not there. The names of checkpoint and module
     tree differ in some families (Mixtral's block_sparse_moe), and modules that only the checkpoint has count too.
     """
     names: dict[str, None] = {}
-    targets = {key: target for target, a in model.key_map.assemblies.items() for key in a.keys}
-    routed = {key for source in model.expert_sources.values() for key in source.checkpoint_keys}
+    routed = layout.routed
+    targets = {key: target for target, a in layout.key_map.assemblies.items() for key in a.keys}
     coded = {targets.get(f"{module}.weight", "").removesuffix(".weight") for module in quantized}
-    for name, module in model.skeleton.named_modules():
+    for name, module in layout.model.skeleton.named_modules():
         if isinstance(module, nn.Linear) and name not in coded:
             names[name] = None
-    for key in model.reader.names():
-        module, _, leaf = key.rpartition(".")
-        if key in routed or module in quantized or leaf != "weight" or len(model.reader.shape(key)) != 2:
+    for key in layout.model.reader.names():
+        stored, _, leaf = key.rpartition(".")
+        if stored in quantized or leaf != "weight" or key in routed:
+            continue
+        if len(layout.model.reader.shape(key)) != 2:
             continue
         numbered = _NUMBERED.match(key)  # experts of layers that only the checkpoint has, e.g. for drafting
-        names[f"re:{re.escape(numbered[1])}\\.\\d+\\..*" if numbered else module] = None
-        target = targets.get(key, key).removesuffix(".weight")
-        names[target if not numbered else module] = None
+        if numbered:
+            names[f"re:{re.escape(numbered[1])}\\.\\d+\\..*"] = None
+        else:
+            names |= dict.fromkeys((stored, targets.get(key, key).removesuffix(".weight")))
     return list(names)
 
 
@@ -200,7 +238,7 @@ def _vllm(site: MoESite, experts: Scheme, linears: Scheme | None) -> dict[str, A
 
 def _sglang(site: MoESite, experts: Scheme, linears: Scheme | None) -> dict[str, Any]:
     if experts.bits not in (4, 8):
-        return _no(f"its experts have 4 or 8 bits, not {experts.bits}; `moecompress export --format container` is 4-bit")
+        return _no(f"its experts have 4 or 8 bits, not {experts.bits}; `export --format container` makes 4")
     if linears is not None and linears != experts:
         return _no("it takes the experts' scheme from the group of class Linear, which here is that of other matrices")
     if experts.group_size != -1 and (site.hidden % experts.group_size or site.width % experts.group_size):

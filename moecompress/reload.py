@@ -87,7 +87,9 @@ def main(arguments: Sequence[str]) -> None:
     lacking = portable and find_spec("compressed_tensors") is None
     whole = fits_in_memory(weights) and not lacking
     found = (
-        whole_logits(root, stored["ids"], portable) if whole else streamed_logits(root, stored["ids"], probe.parent / "hidden")
+        whole_logits(root, stored["ids"], portable)
+        if whole
+        else streamed_logits(root, stored["ids"], probe.parent / "hidden")
     )
     how = "whole model through transformers"
     if not whole:

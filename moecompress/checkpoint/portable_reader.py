@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moecompress.checkpoint.header import TensorInfo
 from moecompress.checkpoint.index import CheckpointIndex
 from moecompress.checkpoint.portable import PARTS, PortableConfig
 from moecompress.checkpoint.reader import TensorReader
@@ -27,6 +28,10 @@ class PortableReader(TensorReader):
 
     def is_packed(self, name: str) -> bool:
         return name in self._schemes
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of a packed matrix, None for any other tensor."""
+        return self._schemes.get(name)
 
     def names(self) -> list[str]:
         """Logical names in file order."""
@@ -75,7 +80,7 @@ class PortableReader(TensorReader):
         codes = unpack_codes(words.view(torch.uint8), scheme.bits, columns)
         return QuantizedTensor(codes, scales, None, scheme)
 
-    def _part(self, name: str, part: int):  # type: ignore[no-untyped-def]
+    def _part(self, name: str, part: int) -> TensorInfo:
         return self.info(name.removesuffix("weight") + PARTS[part])
 
     def _described(self, module: str, config: PortableConfig) -> Scheme:

@@ -30,6 +30,11 @@ class Assembly:
     def keys(self) -> tuple[str, ...]:
         return tuple(key for _, key in self.sources)
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The source patterns of the conversion, as transformers' table has them; () when renamed only."""
+        return () if self.converter is None else tuple(self.converter._original_source_patterns)
+
 
 @dataclass(frozen=True)
 class KeyMap:

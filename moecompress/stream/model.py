@@ -61,6 +61,11 @@ class StreamModel:
         check: raise CheckpointError, naming the tensor, when a float tensor holds NaN or Inf.
         """
         facts = self.facts.layers[index]
+        return LayerWeights(index, self.read_tensors(index, check=check), self._read_experts(facts, check))
+
+    def read_tensors(self, index: int, *, check: bool = True) -> dict[str, Weight]:
+        """The weights of layer `index` that are no routed experts, by their names inside the layer."""
+        facts = self.facts.layers[index]
         tensors: dict[str, Weight] = {}
         for name in facts.roles:
             if name not in tensors:
@@ -69,7 +74,7 @@ class StreamModel:
             for name, value in tensors.items():
                 if isinstance(value, Tensor):
                     self._check(f"{facts.name}.{name}", value)
-        return LayerWeights(index, tensors, self._read_experts(facts, check))
+        return tensors
 
     def read_outer(self, name: str) -> Tensor:
         """One tensor outside the layers by its module name (tied names resolve to what they share)."""
