@@ -24,6 +24,10 @@ class CheckpointError(MoecompressError):
     """The source (or output) directory is wrong: missing, truncated, hostile or contradicting files; NaN weights."""
 
 
+class NotFinite(CheckpointError):
+    """A source tensor holds NaN or Inf: whatever was made with it, or would be, is worthless."""
+
+
 class UnsupportedModel(MoecompressError):
     """The checkpoint is sound but this architecture (or its present form) cannot be handled."""
 

@@ -65,11 +65,17 @@ def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> Non
     for name, value in weights.tensors.items():
         if value is not original.tensors[name]:
             put(f"tensor/{name}", value)
+    kept: list[str] = []
     for index, expert in enumerate(weights.experts):
+        before = vars(original.experts[index]) if index < len(original.experts) else {}
         for part, value in vars(expert).items():
-            put(f"expert/{index}/{part}", value)
+            name = f"expert/{index}/{part}"
+            if value is not None and value is before.get(part):
+                kept.append(name)
+            else:
+                put(name, value)
     save_tensors(path, tensors)
-    data = {"schemes": schemes, "experts": len(weights.experts)}
+    data = {"schemes": schemes, "experts": len(weights.experts), "kept": kept}
     atomic_write(path.with_suffix(".json"), json.dumps(data, sort_keys=True) + "\n")
 
 
@@ -87,6 +93,9 @@ def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
             return QuantizedTensor(
                 tensors[f"{name}:codes"], tensors[f"{name}:scales"], tensors.get(f"{name}:zeros"), scheme
             )
+        if name in data["kept"]:
+            _, index, part = name.split("/")
+            return vars(original.experts[int(index)])[part]  # type: ignore[no-any-return]
         return tensors.get(name)
 
     changed = {name: value for name in original.tensors if (value := get(f"tensor/{name}")) is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import time
@@ -15,7 +16,7 @@ import torch
 from moecompress.calib.tokenizer import load_tokenizer
 from moecompress.calib.tokens import build_token_set, make_token_set
 from moecompress.checkpoint.writer import atomic_write
-from moecompress.errors import RecipeError, Stopped, message
+from moecompress.errors import NotFinite, RecipeError, Stopped, UnsupportedModel, message
 from moecompress.fingerprint import fingerprint
 from moecompress.finish import finish
 from moecompress.job import PROBE, Job, LayerResult, seeded
@@ -64,14 +65,36 @@ def run(
         cursor["resumed"] += 1
         cursor["before"] = cursor["seconds"]
         job = Job(plan, passes_of(recipe), folder, {})
-        _start_tokens(job, cursor, shown)
-        for number, sweep in enumerate(plan.sweeps):
-            if number >= cursor["sweep"]:
-                _run_sweep(job, number, sweep, cursor, shown, stop, began)
-            elif sweep.barrier is not None:
-                job.decided[sweep.barrier] = _barrier(job, sweep.barrier, shown)
-        finish(job, cursor, began, shown)
+        with full_disk_stops():
+            _work(job, cursor, shown, stop, began)
+            finish(job, cursor, began, shown)
     return recipe.out
+
+
+@contextmanager
+def full_disk_stops() -> Iterator[None]:
+    """Within the context a full disk raises Stopped, whoever met it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where, then = str(error.filename or "disk"), "free some space and run again with --resume"
+        raise Stopped(message(where, f"no space left ({error.strerror})", then=then)) from error
+
+
+def _work(job: Job, cursor: dict[str, Any], progress: Progress, stop: Callable[[], bool], began: float) -> None:
+    """Token sets and all sweeps. An input that has to change leaves no state: it could not be resumed."""
+    try:
+        _start_tokens(job, cursor, progress)
+        for number, sweep in enumerate(job.plan.sweeps):
+            if number >= cursor["sweep"]:
+                _run_sweep(job, number, sweep, cursor, progress, stop, began)
+            elif sweep.barrier is not None:
+                job.decided[sweep.barrier] = _barrier(job, sweep.barrier, progress)
+    except (NotFinite, UnsupportedModel):
+        job.run.discard()
+        raise
 
 
 @contextmanager

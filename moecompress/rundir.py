@@ -65,6 +65,10 @@ class RunDir:
         state = {"schema": SCHEMA, "fingerprint": self.fingerprint, "cursor": cursor}
         atomic_write(self.path / STATE, json.dumps(state, indent=1, ensure_ascii=False) + "\n")
 
+    def discard(self) -> None:
+        """Forget what is done: the run directory goes when the run ends."""
+        self.save_cursor({})
+
     def publish(self) -> None:
         """Rename the finished staging directory to `out` and remove the rest. Raises OutputError."""
         _check_free(self.out)

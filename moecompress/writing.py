@@ -138,10 +138,10 @@ def layer_output(model: StreamModel, original: LayerWeights, weights: LayerWeigh
 
 
 def _same_experts(original: LayerWeights, weights: LayerWeights) -> bool:
-    pairs = zip(original.experts, weights.experts, strict=False)
-    return len(original.experts) == len(weights.experts) and all(
-        a.gate_up is b.gate_up and a.down is b.down for a, b in pairs
-    )
+    if len(original.experts) != len(weights.experts):
+        return False
+    pairs = zip(original.experts, weights.experts, strict=True)
+    return all(value is vars(b)[name] for a, b in pairs for name, value in vars(a).items())
 
 
 def _copy(model: StreamModel, keys: Iterable[str], written: Written) -> None:

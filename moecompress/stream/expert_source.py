@@ -113,9 +113,18 @@ class ExpertReader:
             matrix = self._read(part.assembly.keys[0], index, index + 1)[0]
         else:
             if name not in self._stacks:
-                self._stacks[name] = assemble(part.assembly, self._read, self._model)[part.assembly.targets[0]]
+                self._stacks[name] = self._converted(part.assembly)
             matrix = self._stacks[name][index].clone()
         return matrix.T.contiguous() if self._source.site.transposed else matrix
+
+    def _converted(self, assembly: Assembly) -> Tensor:
+        name = assembly.targets[0]
+        stack = assemble(assembly, self._read, self._model)[name]
+        wanted = self._model.get_parameter(name).shape
+        if stack.shape != wanted:
+            found = f"{list(stack.shape)} from {list(assembly.keys)[:3]}"
+            raise CheckpointError(message(name, found, f"{list(wanted)} (config.json)"))
+        return stack
 
 
 def _joined(blocks: list[Weight]) -> Weight:

@@ -20,8 +20,9 @@ from moecompress.checkpoint.portable import QUANT_METHOD as COMPRESSED_TENSORS
 from moecompress.checkpoint.portable import PortableConfig
 from moecompress.checkpoint.portable_reader import PortableReader
 from moecompress.checkpoint.reader import TensorReader
-from moecompress.errors import CheckpointError, UnsupportedModel, message
+from moecompress.errors import CheckpointError, NotFinite, UnsupportedModel, message
 from moecompress.experts import Experts
+from moecompress.stream.agreement import check_agreement
 from moecompress.stream.expert_source import ExpertReader, ExpertSource, expert_source
 from moecompress.stream.mapping import KeyMap, assemble, build_key_map
 from moecompress.stream.skeleton import build_skeleton, load_config, read_config_json
@@ -95,7 +96,12 @@ class StreamModel:
         if isinstance(self.reader, PortableReader) and assembly.converter is None:
             return {name: self.reader.read_weight(assembly.keys[0])}
         made = assemble(assembly, self.reader.read, self.skeleton)
-        return {key.removeprefix(facts.name + "."): value for key, value in made.items()}
+        found = {key.removeprefix(facts.name + "."): value for key, value in made.items()}
+        for key, value in found.items():
+            if tuple(value.shape) != facts.shapes[key]:
+                text = f"{list(value.shape)} from {list(self.key_map.assemblies[full].keys)[:3]}"
+                raise CheckpointError(message(f"{facts.name}.{key}", text, f"{list(facts.shapes[key])} (config.json)"))
+        return found
 
     def read_experts(self, index: int) -> tuple[ExpertWeights, ...]:
         """The routed experts of layer `index` as they are stored, codes included; () for a dense layer."""
@@ -133,10 +139,12 @@ class StreamModel:
 
     def _check(self, name: str, value: Tensor) -> None:
         """NaN and Inf in a source tensor stop the run; the message names it and the checkpoint keys it came from."""
-        if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+        if not value.is_floating_point() or not value.numel():
+            return
+        if all(bound.isfinite() for bound in torch.aminmax(value)):  # no temporaries, unlike isfinite
             return
         bad = int(value.numel() - torch.isfinite(value).sum())
-        raise CheckpointError(
+        raise NotFinite(
             message(
                 f"{self.root}: {name}",
                 f"{bad} of {value.numel()} values are NaN or Inf",
@@ -169,7 +177,11 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
         for layer in facts.moe_layers
         if layer.site is not None and (native is None or f"{layer.name}.{layer.site.experts}" not in native.experts)
     }
-    _check_complete(root, skeleton, key_map, tied, native, reader)
+
+    def given(name: str) -> bool:
+        return name in tied or (native is not None and comes_from_native(native, name))
+
+    check_agreement(root, skeleton, key_map, sources.values(), reader.shape, given)
     for layer in facts.moe_layers:
         if layer.site is not None:
             _replace_experts(layers[layer.index], layer.site.experts)
@@ -188,8 +200,10 @@ def _quantization(
     if method == COMPRESSED_TENSORS:
         return None, PortableConfig.from_json(block), None
     if method == "fp8" and block.get("weight_block_size"):
-        rows, columns = block["weight_block_size"]
-        return None, None, (int(rows), int(columns))
+        size = block["weight_block_size"]
+        if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+            raise CheckpointError(message(str(root / "config.json"), f"weight_block_size {size}", "two sizes"))
+        return None, None, (size[0], size[1])
     raise UnsupportedModel(
         message(
             str(root / "config.json"),
@@ -220,6 +234,11 @@ def _facts(
     for position, layer in enumerate(layers):
         name = f"{layers_name}.{position}"
         site = find_site(layer, name, text.model_type, per_token)
+        if site is not None and site.num_experts < per_token:
+            found = f"{per_token} experts per token"
+            raise CheckpointError(
+                message(str(root / "config.json"), found, f"at most {site.num_experts}, all there are")
+            )
         shapes = {
             key: tuple(value.shape)
             for key, value in layer.state_dict().items()
@@ -249,38 +268,6 @@ def _main_dtype(index: CheckpointIndex) -> torch.dtype:
     if not totals:
         raise CheckpointError(message(str(index.root), "no float tensor in the checkpoint"))
     return max(totals, key=lambda dtype: totals[dtype])
-
-
-def _check_complete(
-    root: Path,
-    skeleton: Any,
-    key_map: KeyMap,
-    tied: Mapping[str, str],
-    native: NativeConfig | None,
-    reader: TensorReader,
-) -> None:
-    """Every module tensor has a source, and renamed-only tensors have the module's shape."""
-    missing, wrong = [], []
-    for name, value in skeleton.state_dict().items():
-        if native is not None and comes_from_native(native, name):
-            continue
-        assembly = key_map.assemblies.get(name)
-        if assembly is None:
-            if name not in tied:
-                missing.append(name)
-            continue
-        if assembly.converter is None and reader.shape(assembly.keys[0]) != tuple(value.shape):
-            wrong.append(
-                f"{assembly.keys[0]} is {list(reader.shape(assembly.keys[0]))}, config says {list(value.shape)}"
-            )
-    if missing:
-        raise CheckpointError(
-            message(str(root), f"{len(missing)} tensors are missing, first {missing[:3]}", then="download it again")
-        )
-    if wrong:
-        raise CheckpointError(
-            message(str(root), f"config.json contradicts {len(wrong)} tensors: {'; '.join(wrong[:3])}", "equal shapes")
-        )
 
 
 def _replace_experts(layer: nn.Module, name: str) -> None:
