@@ -124,8 +124,8 @@ def _pass_problems(recipe: Recipe, passes: tuple[Pass, ...], model: StreamModel)
     problems = []
     for spec, step in zip(recipe.passes, passes, strict=True):
         problems += [f"{spec.where}: {spec.name}: {problem}" for problem in step.check(model.facts)]
-        if step.needs() and not recipe.calibration:
-            names = ", ".join(item.name for item in step.needs())
+        if step.needs_data and not recipe.calibration:
+            names = ", ".join(item.name for item in step.needs()) or "inputs of every matrix"
             problems.append(
                 message(
                     f"{spec.where}: {spec.name}",

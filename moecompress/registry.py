@@ -24,6 +24,8 @@ def table(entries: Iterable[tuple[str, str]]) -> Mapping[str, str]:
 
 PASSES = table(
     [
+        ("quantize.gptq", "moecompress.passes.quantize_gptq:QuantizeGPTQ"),
+        ("quantize.hqq", "moecompress.passes.quantize_hqq:QuantizeHQQ"),
         ("quantize.rtn", "moecompress.passes.quantize_rtn:QuantizeRTN"),
     ]
 )

@@ -18,7 +18,8 @@ from moecompress.passes.base import LayerContext, Pass, RowsToHidden, Scope
 from moecompress.plan import Sweep
 from moecompress.stats.base import Statistic
 from moecompress.stats.routing import RoutingCounts, TokenSample
-from moecompress.stream.collect import Collector
+from moecompress.stream.collect import Collector, Partner
+from moecompress.stream.hidden import HiddenStore
 from moecompress.stream.layers import experts_of, filled_layer
 from moecompress.stream.streams import run_layer
 from moecompress.types import ExpertWeights, LayerWeights
@@ -129,9 +130,10 @@ def _step(
         context = _context(job, step, layer, weights, finished)
         if decision is None:
             assert step.scope is Scope.LAYER
-            decision = step.decide(context)
+            decision, changed = step.process(context)
             save_decision(folder, name, decision)
-        changed = step.apply(context, decision)
+        else:
+            changed = step.apply(context, decision)
     if changed is not weights:
         statistics.invalidate(step.changes)
     if step.expensive and sweep.barrier is not None:
@@ -160,8 +162,32 @@ def _context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finished: 
         forward=forward,
         activate=activate,
         block_error=_block_error(job, step, weights.index),
+        collect=lambda wanted, current: _collect_again(job, step, weights, current, wanted),
         generator=seeded(getattr(step, "seed", 0), step.name, weights.index),
     )
+
+
+def _collect_again(
+    job: Job, step: Pass, before: LayerWeights, current: LayerWeights, wanted: Sequence[Statistic]
+) -> Finished:
+    """Run the layer with `current` weights on the pass's stream for these statistics alone.
+
+    Paired statistics first get the expert inputs of the original stream through the layer as it was `before` the pass:
+    whatever exact transform earlier passes folded into its norms holds on both sides.
+    """
+    run = job.tokens[_set_of(job, step)]
+    site, partner = job.model.facts.layers[before.index].site, None
+    if site is not None and any(item.paired for item in wanted):
+        shape = (*run.tokens.ids.shape, site.hidden)
+        partner = Partner(HiddenStore(run.folder / f"{run.tokens.name}.partner.f32", shape), before.experts)
+        partner.hidden.create()
+        recorder = Collector(site, (), record=partner.hidden)
+        run_layer(job.model, before, run, "original", collector=recorder, write=False)
+    collector = Collector(site, wanted, run.tokens.heldout, partner=partner)
+    run_layer(job.model, current, run, step.propagate, collector=collector, write=False)
+    if partner is not None:
+        partner.hidden.remove()
+    return collector.finished()
 
 
 def _block_error(job: Job, step: Pass, index: int) -> RowsToHidden:

@@ -41,7 +41,8 @@ class ExpertObservation:
     """What one expert received and made in one call: n of the call's tokens, in ascending order of rows.
 
     rows: int64 [n], weights: [n], inputs: [n, H], intermediate: [n, I] (input of down), outputs: [n, H] before the
-    routing weight.
+    routing weight. original_inputs, original_intermediate: the same tokens in the original stream, through the same
+    expert; only when a statistic asks for pairs.
     """
 
     expert: int
@@ -50,6 +51,20 @@ class ExpertObservation:
     inputs: Tensor
     intermediate: Tensor
     outputs: Tensor
+    original_inputs: Tensor | None = None
+    original_intermediate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LinearObservation:
+    """What one Linear of the layer received in one call: inputs [n, in], training tokens only.
+
+    same_as: another Linear that received this very tensor before, or None.
+    """
+
+    name: str
+    inputs: Tensor
+    same_as: str | None
 
 
 class Statistic(Protocol):
@@ -69,6 +84,21 @@ class Statistic(Protocol):
     @property
     def reduce(self) -> Mapping[str, Reduce]: ...
 
+    @property
+    def all_experts(self) -> bool:
+        """Whether `observe_expert` wants every token at every expert (routing weight 1) instead of the routed ones."""
+        return False
+
+    @property
+    def paired(self) -> bool:
+        """Whether `observe_expert` needs the original stream's inputs beside the compressed stream's."""
+        return False
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Linear weights (names inside the layer) whose inputs `observe_linear` wants."""
+        return ()
+
     def covers(self, other: Statistic) -> bool:
         """Whether who asked for `other` is served by the result of this one; both have the same name."""
         return self == other
@@ -84,6 +114,15 @@ class Statistic(Protocol):
     def observe_expert(self, state: State, seen: ExpertObservation) -> None:
         """Add one expert's part of a call to `state` in place; nothing by default."""
         return
+
+    def observe_linear(self, state: State, seen: LinearObservation) -> None:
+        """Add one Linear's inputs of a call to `state` in place; nothing by default."""
+        return
+
+    def state_bytes(self, site: MoESite) -> int:
+        """Bytes of a full state: those of an empty one by default, which is right for everything but samples."""
+        with torch.device("meta"):
+            return sum(value.nbytes for value in self.init(site).values())
 
     def settle(self, state: State) -> None:
         """Bring a freshly concatenated state into its usual form, in place; nothing by default."""

@@ -23,44 +23,86 @@ class ExpertHessian(Statistic):
     which: `gate_up` (x = the expert's input, c = H columns) or `down` (x = the intermediate, c = I columns).
     weighting: `affinity` weighs each token by its routing weight c (MoEQuant, 2505.03804, eq. 18-19: power 1;
     power 2 is the exact squared error of the block's output); `none` is the plain GPTQ Hessian.
-    hessian: float32 [E, c, c], raw sums without the factor 2 / N. tokens: int64 [E]. weight: float64 [E], sum of
-    c^power (equal to tokens without weighting).
+    experts: (first, end) of the G experts whose matrices are kept; None = all. Counts always cover all experts.
+    pooled: also the sum over all experts, kept or not.
+    all_experts: every token at every expert, routed there or not. paired: also sums (x' - x) x^T, where x' is what
+    the expert would receive from the same token in the original stream.
+
+    hessian: float32 [G, c, c], raw sums without the factor 2 / N. tokens: int64 [E]. weight: float64 [E], sum of
+    c^power (equal to tokens without weighting). pooled: float32 [c, c]. delta [G, c, c], pooled_delta [c, c]: paired.
     """
 
     which: Projection
     weighting: Weighting = "none"
     power: Literal[1, 2] = 1
+    experts: tuple[int, int] | None = None
+    all_experts: bool = False
+    paired: bool = False
+    pooled: bool = True
 
-    reduce: ClassVar[Mapping[str, Reduce]] = {"hessian": "sum", "tokens": "sum", "weight": "sum"}
+    @property
+    def reduce(self) -> Mapping[str, Reduce]:
+        sums = ["hessian", *["delta"] * self.paired]
+        keys = [*sums, *(["pooled", *["pooled_delta"] * self.paired] if self.pooled else []), "tokens", "weight"]
+        return dict.fromkeys(sorted(keys), "sum")
 
     @property
     def name(self) -> str:
-        weighted = "" if self.weighting == "none" else f".affinity{self.power}"
-        return f"expert_hessian.{self.which}{weighted}"
+        parts = ["expert_hessian", self.which]
+        if self.weighting != "none":
+            parts.append(f"affinity{self.power}")
+        if self.experts is not None:
+            parts.append(f"{self.experts[0]}-{self.experts[1]}")
+        parts += ["all_experts"] * self.all_experts + ["paired"] * self.paired + ["unpooled"] * (not self.pooled)
+        return ".".join(parts)
 
     @property
     def depends_on(self) -> frozenset[str]:
-        return _UPSTREAM if self.which == "gate_up" else _UPSTREAM | {"experts"}
+        return _UPSTREAM if self.which == "gate_up" and not self.paired else _UPSTREAM | {"experts"}
 
     def init(self, site: MoESite) -> State:
         columns = _columns(site)[self.which]
-        return {
-            "hessian": torch.zeros(site.num_experts, columns, columns),
-            "tokens": torch.zeros(site.num_experts, dtype=torch.int64),
-            "weight": torch.zeros(site.num_experts, dtype=torch.float64),
-        }
+        first, end = self.experts or (0, site.num_experts)
+        state: State = {}
+        for key in self.reduce:
+            if key in ("tokens", "weight"):
+                state[key] = torch.zeros(site.num_experts, dtype=torch.int64 if key == "tokens" else torch.float64)
+            else:
+                kept = () if key.startswith("pooled") else (end - first,)
+                state[key] = torch.zeros(*kept, columns, columns)
+        return state
 
     def observe_expert(self, state: State, seen: ExpertObservation) -> None:
         device = state["hessian"].device
         x = _inputs(seen, self.which).to(device, torch.float32)
         state["tokens"][seen.expert] += x.shape[0]
+        root = None
         if self.weighting == "none":
             state["weight"][seen.expert] += x.shape[0]
         else:
             c = seen.weights.to(device, torch.float64).abs() ** self.power
             state["weight"][seen.expert] += c.sum()
-            x = x * c.sqrt().float()[:, None]
-        state["hessian"][seen.expert].addmm_(x.t(), x)
+            root = c.sqrt().float()[:, None]
+        if not self.pooled and not self._keeps(state, seen.expert):
+            return
+        x = x if root is None else x * root
+        self._add(state, seen.expert, "hessian", "pooled", x.t() @ x)
+        if self.paired:
+            theirs = seen.original_inputs if self.which == "gate_up" else seen.original_intermediate
+            assert theirs is not None, "a paired statistic is only collected beside the original stream"
+            theirs = theirs.to(device, torch.float32)
+            theirs = theirs if root is None else theirs * root
+            self._add(state, seen.expert, "delta", "pooled_delta", (theirs - x).t() @ x)
+
+    def _keeps(self, state: State, expert: int) -> bool:
+        first, end = self.experts or (0, state["tokens"].shape[0])
+        return first <= expert < end
+
+    def _add(self, state: State, expert: int, key: str, pooled: str, product: Tensor) -> None:
+        if self.pooled:
+            state[pooled] += product
+        if self._keeps(state, expert):
+            state[key][expert - (self.experts or (0, 0))[0]] += product
 
 
 @dataclass(frozen=True)

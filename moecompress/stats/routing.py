@@ -85,6 +85,9 @@ class TokenSample(Statistic):
             "weights": torch.empty(0, site.top_k),
         }
 
+    def state_bytes(self, site: MoESite) -> int:
+        return self.n * (4 * site.hidden + 12 * site.top_k + 8)
+
     def observe_routing(self, state: State, seen: RoutingObservation) -> None:
         device = state["rows"].device
         rows = seen.rows.to(device)

@@ -1,4 +1,4 @@
-"""Watch one layer's routing and experts while it runs: fill statistics, log router outputs."""
+"""Watch one layer's routing, experts and Linears while it runs: fill statistics, log router outputs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moecompress.stats.base import ExpertObservation, RoutingObservation, State, Statistic
-from moecompress.types import MoESite, TokenBatch
+from moecompress.errors import UnsupportedModel, message
+from moecompress.experts import Experts
+from moecompress.stats.base import ExpertObservation, LinearObservation, RoutingObservation, State, Statistic
+from moecompress.stream.hidden import HiddenStore
+from moecompress.types import ExpertWeights, MoESite, TokenBatch
 
 
 @dataclass
@@ -24,27 +27,48 @@ class RouterLog:
         return torch.cat(self.logits), torch.cat(self.ids).long()
 
 
+@dataclass(frozen=True)
+class Partner:
+    """The original stream's expert inputs of the same tokens. hidden: [N, T, H]; experts: whose intermediate is meant.
+
+    The experts are those the layer has before its pass began, so an input of `down` is what it was meant to be.
+    """
+
+    hidden: HiddenStore
+    experts: Sequence[ExpertWeights]
+
+
 class Collector:
-    """States of the wanted statistics for one layer; held-out sequences never enter them."""
+    """States of the wanted statistics for one layer; held-out sequences never enter them.
+
+    site: None for a layer without routed experts, where only statistics of Linears can be had.
+    partner: needed by paired statistics. record: a store that gets what enters the experts, [N, T, H].
+    """
 
     def __init__(
         self,
-        site: MoESite,
+        site: MoESite | None,
         statistics: Sequence[Statistic],
         heldout: Sequence[int] = (),
         measured: Sequence[int] | None = None,
+        *,
+        partner: Partner | None = None,
+        record: HiddenStore | None = None,
     ) -> None:
         self.statistics = tuple(statistics)
         names = [item.name for item in statistics]
         if len(names) != len(set(names)):
             raise ValueError(f"statistics with the same name and other parameters: {names}")
-        self.states: dict[str, State] = {item.name: item.init(site) for item in statistics}
+        # without a site nobody asks for statistics of experts
+        self.states: dict[str, State] = {item.name: item.init(site) for item in statistics}  # type: ignore[arg-type]
         self.log = RouterLog()
+        self.linears = tuple(sorted({name for item in statistics for name in item.linears}))
+        self.partner, self.record = partner, record
         self._heldout, self._measured = frozenset(heldout), None if measured is None else frozenset(measured)
 
-    def watch(self, batch: TokenBatch) -> BatchWatch:
-        """The observer and router tap for one batch."""
-        return BatchWatch(self, batch, self._heldout, self._measured)
+    def watch(self, batch: TokenBatch, experts: Experts | None = None) -> BatchWatch:
+        """The observer and taps for one batch. experts: the layer's module, for statistics of all experts and pairs."""
+        return BatchWatch(self, batch, self._heldout, self._measured, experts)
 
     def finished(self) -> dict[str, dict[str, Tensor]]:
         """Finalised statistics by name."""
@@ -52,12 +76,17 @@ class Collector:
 
 
 class BatchWatch:
-    """An ExpertObserver and router tap for one batch. Local rows are b * T + t; global rows are sequence * T + t."""
+    """An ExpertObserver and taps for one batch. Local rows are b * T + t; global rows are sequence * T + t."""
 
     def __init__(
-        self, owner: Collector, batch: TokenBatch, heldout: frozenset[int], measured: frozenset[int] | None
+        self,
+        owner: Collector,
+        batch: TokenBatch,
+        heldout: frozenset[int],
+        measured: frozenset[int] | None,
+        experts: Experts | None,
     ) -> None:
-        self._owner = owner
+        self._owner, self._batch, self._experts = owner, batch, experts
         length = batch.ids.shape[1]
         sequences = torch.tensor(batch.rows)
         steps = torch.arange(length)
@@ -65,6 +94,8 @@ class BatchWatch:
         self._train = _mask([row not in heldout for row in batch.rows], length)
         self._measure = None if measured is None else _mask([row in measured for row in batch.rows], length)
         self._logits: Tensor | None = None
+        self._original: Tensor | None = None
+        self._fed: dict[tuple[int, int, torch.Size], tuple[str, Tensor]] = {}  # keeps them, so addresses stay theirs
 
     def tap(self, logits: Tensor) -> None:
         """The router's first output, [T, E] or [B, T, E]; it runs just before the experts."""
@@ -75,6 +106,13 @@ class BatchWatch:
         if self._measure is not None and logits is not None and bool(self._measure.any()):
             self._owner.log.logits.append(logits[self._measure].float())
             self._owner.log.ids.append(ids[self._measure].to(torch.int16))
+        if self._owner.record is not None:
+            shape = (*self._batch.ids.shape, hidden.shape[-1])
+            self._owner.record.write(self._batch.rows[0], hidden.reshape(shape))
+        if self._owner.partner is not None:
+            store = self._owner.partner.hidden
+            read = store.read(self._batch.rows[0], self._batch.rows[-1] + 1)
+            self._original = read.reshape(-1, read.shape[-1])
         if not self._owner.statistics or not bool(self._train.any()):
             return
         keep = slice(None) if bool(self._train.all()) else self._train
@@ -83,21 +121,67 @@ class BatchWatch:
         )
         for item in self._owner.statistics:
             item.observe_routing(self._owner.states[item.name], observation)
+        if any(item.all_experts for item in self._owner.statistics):
+            self._everywhere(hidden)
+
+    def _everywhere(self, hidden: Tensor) -> None:
+        """Show every token to every expert; the layer's own output is made by the routed ones, as ever."""
+        assert self._experts is not None
+        rows = torch.arange(hidden.shape[0])
+        for expert in range(len(self._experts)):
+            intermediate, outputs = self._experts.run_expert(self._experts.expert(expert), hidden)
+            self._observe(expert, rows, hidden.new_ones(len(rows)), hidden, intermediate, outputs, everywhere=True)
 
     def on_expert(
         self, expert: int, rows: Tensor, weights: Tensor, inputs: Tensor, intermediate: Tensor, outputs: Tensor
     ) -> None:
-        if not self._owner.statistics:
-            return
+        self._observe(expert, rows, weights, inputs, intermediate, outputs, everywhere=False)
+
+    def _observe(
+        self,
+        expert: int,
+        rows: Tensor,
+        weights: Tensor,
+        inputs: Tensor,
+        intermediate: Tensor,
+        outputs: Tensor,
+        everywhere: bool,
+    ) -> None:
+        wanted = [item for item in self._owner.statistics if item.all_experts == everywhere]
         train = self._train[rows]
-        if not bool(train.any()):
+        if not wanted or not bool(train.any()):
             return
         keep = slice(None) if bool(train.all()) else train
+        theirs = self._theirs(expert, rows[keep]) if any(item.paired for item in wanted) else (None, None)
         observation = ExpertObservation(
-            expert, self._rows[rows][keep], weights[keep], inputs[keep], intermediate[keep], outputs[keep]
+            expert, self._rows[rows][keep], weights[keep], inputs[keep], intermediate[keep], outputs[keep], *theirs
         )
-        for item in self._owner.statistics:
+        for item in wanted:
             item.observe_expert(self._owner.states[item.name], observation)
+
+    def _theirs(self, expert: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and intermediate of the same tokens in the original stream, through the same expert."""
+        assert self._original is not None and self._experts is not None and self._owner.partner is not None
+        inputs = self._original[rows]
+        return inputs, self._experts.run_expert(self._owner.partner.experts[expert], inputs)[0]
+
+    def on_linear(self, name: str, inputs: Tensor) -> None:
+        """A Linear's input [B, T, in] or [B * T, in]. Raises UnsupportedModel when it does not see every token once."""
+        key = (inputs.data_ptr(), inputs._version, inputs.shape)
+        same = self._fed.setdefault(key, (name, inputs))[0]
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if flat.shape[0] != self._train.numel():
+            found = (
+                f"receives {flat.shape[0]} rows for {self._train.numel()} tokens: its statistics cannot be told apart"
+            )
+            raise UnsupportedModel(message(name, found, then="leave it out of `targets`"))
+        if not bool(self._train.any()):
+            return
+        keep = slice(None) if bool(self._train.all()) else self._train
+        observation = LinearObservation(name, flat[keep], None if same == name else same)
+        for item in self._owner.statistics:
+            if item.linears:
+                item.observe_linear(self._owner.states[item.name], observation)
 
 
 def _mask(flags: Sequence[bool], length: int) -> Tensor:

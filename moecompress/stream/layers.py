@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,29 +13,35 @@ from moecompress.errors import UnsupportedModel, message
 from moecompress.experts import ExpertObserver, Experts, materialise
 from moecompress.stream.model import StreamModel
 from moecompress.stream.prelude import LayerCall
-from moecompress.types import LayerWeights, QuantizedTensor
+from moecompress.types import ExpertWeights, LayerWeights, MoESite, QuantizedTensor
 
 RouterTap = Callable[[Tensor], None]
+LinearTap = Callable[[str, Tensor], None]
 
 
 @contextmanager
 def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Module]:
-    """The decoder layer with `weights` in float32 (experts stay as they are and are expanded one at a time)."""
+    """The decoder layer with `weights` in float32 (experts stay as they are and are expanded one at a time).
+
+    May be nested: leaving brings back what was there before.
+    """
     facts = model.facts.layers[weights.index]
     layer = model.layers[weights.index]
     empty: dict[str, Tensor] = {}
+    before: Sequence[ExpertWeights] = ()
     try:
         for name, value in weights.tensors.items():
             dense = materialise(value, torch.float32) if isinstance(value, QuantizedTensor) else value
             empty[name] = _swap(layer, name, dense.float() if dense.is_floating_point() else dense)
         if facts.site is not None:
-            experts_of(layer, facts.site.experts).weights = weights.experts
+            experts = experts_of(layer, facts.site.experts)
+            before, experts.weights = experts.weights, weights.experts
         yield layer
     finally:
         for name, value in empty.items():
             _swap(layer, name, value)
         if facts.site is not None:
-            experts_of(layer, facts.site.experts).weights = ()
+            experts_of(layer, facts.site.experts).weights = before
 
 
 def experts_of(layer: nn.Module, name: str) -> Experts:
@@ -81,19 +87,39 @@ def call_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 
 @contextmanager
 def watched(
-    layer: nn.Module, experts: str, router: str, observer: ExpertObserver | None, tap: RouterTap | None
+    layer: nn.Module,
+    site: MoESite | None,
+    observer: ExpertObserver | None,
+    tap: RouterTap | None,
+    linears: Sequence[str] = (),
+    on_linear: LinearTap | None = None,
 ) -> Iterator[None]:
-    """Within the context the layer's experts report to `observer` and its router's first output goes to `tap`."""
+    """Within the context the layer's experts report to `observer`, its router's first output goes to `tap`, and the
+    inputs of the Linears with the weights `linears` (names inside the layer) go to `on_linear`."""
+    handles = []
+    if site is not None:
 
-    def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-        if tap is not None:
-            tap((out[0] if isinstance(out, tuple) else out).detach())
+        def routed(_module: nn.Module, _args: Any, out: Any) -> None:
+            if tap is not None:
+                tap((out[0] if isinstance(out, tuple) else out).detach())
 
-    handle = layer.get_submodule(router).register_forward_hook(hook)
-    module = experts_of(layer, experts)
-    module.observer = observer
+        handles.append(layer.get_submodule(site.router).register_forward_hook(routed))
+        experts_of(layer, site.experts).observer = observer
+    for name in linears:
+        module = layer.get_submodule(name.removesuffix(".weight"))
+        handles.append(module.register_forward_pre_hook(_linear_hook(name, on_linear)))
     try:
         yield
     finally:
-        module.observer = None
-        handle.remove()
+        if site is not None:
+            experts_of(layer, site.experts).observer = None
+        for handle in handles:
+            handle.remove()
+
+
+def _linear_hook(name: str, on_linear: LinearTap | None) -> Callable[[nn.Module, Any], None]:
+    def hook(_module: nn.Module, args: Any) -> None:
+        if on_linear is not None:
+            on_linear(name, args[0].detach())
+
+    return hook

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moecompress.stream.collect import Collector
 from moecompress.stream.hidden import HiddenStore
-from moecompress.stream.layers import call_layer, filled_layer, watched
+from moecompress.stream.layers import call_layer, experts_of, filled_layer, watched
 from moecompress.stream.model import StreamModel
 from moecompress.stream.outer import outer_weights
 from moecompress.stream.prelude import LayerCall, logits, record, share_equal
@@ -99,10 +99,10 @@ def run_layer(
     with torch.no_grad(), filled_layer(model, weights) as layer:
         for batch, calls in zip(run.batches, run.calls, strict=True):
             hidden = source.read(batch.rows[0], batch.rows[-1] + 1)
-            watch = collector.watch(batch) if collector is not None and site is not None else None
             context: Any = nullcontext()
-            if watch is not None and site is not None:
-                context = watched(layer, site.experts, site.router, watch, watch.tap)
+            if collector is not None:
+                watch = collector.watch(batch, None if site is None else experts_of(layer, site.experts))
+                context = watched(layer, site, watch, watch.tap, collector.linears, watch.on_linear)
             with context:
                 out = call_layer(layer, hidden, calls[index])
             if write:

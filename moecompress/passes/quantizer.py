@@ -1,0 +1,95 @@
+"""What every pass that gives codes to matrices shares: which matrices, how many bits, which groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from moecompress.passes.base import TARGETS, Pass, Target, group_problems, input_columns, selected_linears
+from moecompress.types import PROJECTIONS, LayerFacts, LayerWeights, ModelFacts, QuantizedTensor, Scheme, Weight
+
+Bits = Literal[1, 2, 3, 4, 8]
+_ROUTER = ("router", "routers", "gate", "norm", "norms", "embedding", "embeddings", "embed_tokens", "lm_head", "head")
+
+
+class Quantizer(Pass):
+    """Symmetric: q in [-2^(b-1), 2^(b-1)-1]; asymmetric: [0, 2^b-1] with a zero point. One symmetric bit: binary."""
+
+    changes: ClassVar[frozenset[str]] = frozenset({"experts", "attention", "shared_experts", "dense_mlp"})
+
+    bits: Bits = Field(4, description="code width of every targeted weight; 1 = binary (-s, +s)")
+    group_size: int = Field(128, description="input columns that share one scale; -1 = one scale per output channel")
+    symmetric: bool = Field(True, description="no zero points")
+    targets: tuple[Target, ...] = Field(("routed_experts",), description="what is quantized")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_targets(cls, value: object) -> object:
+        items = [value] if isinstance(value, str) else value
+        for item in items if isinstance(items, list | tuple) else ():
+            if item in _ROUTER:
+                raise ValueError(
+                    f"'{item}' is not quantized: a rounded router sends tokens to other experts, and routers, norms, "
+                    f"embeddings and lm_head are small or sensitive; allowed: {', '.join(TARGETS)}"
+                )
+        return tuple(items) if isinstance(items, list | tuple) else items
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive_group(cls, value: int) -> int:
+        return positive_group(value)
+
+    @property
+    def scheme(self) -> Scheme:
+        """How every targeted matrix is stored."""
+        return scheme_of(self.bits, self.group_size, self.symmetric)
+
+    def check(self, facts: ModelFacts) -> list[str]:
+        problems = group_problems(input_columns(facts, self.targets), self.group_size)
+        for target in self.targets:
+            if target != "routed_experts" and not any(selected_linears(layer, [target]) for layer in facts.layers):
+                problems.append(f"targets: this model has no {target}")
+        return problems
+
+    def schemes(self, layer: LayerFacts) -> Mapping[str, Scheme]:
+        chosen = dict.fromkeys(selected_linears(layer, self.targets), self.scheme)
+        if layer.site is not None and "routed_experts" in self.targets:
+            chosen.update(dict.fromkeys(PROJECTIONS, self.scheme))
+        return chosen
+
+
+def scheme_of(bits: int, group_size: int, symmetric: bool) -> Scheme:
+    """The scheme behind three recipe keys: integer zero points when asymmetric, binary for one symmetric bit."""
+    return Scheme(bits, group_size, symmetric, "none" if symmetric else "int", bits == 1 and symmetric)
+
+
+def positive_group(value: int) -> int:
+    """A group size as a recipe may give it. Raises ValueError for 0 and for negative numbers other than -1."""
+    if value == 0 or value < -1:
+        raise ValueError(f"{value} is not a group size; allowed: 16, 32, 64, 128, ... or -1 (per channel)")
+    return value
+
+
+def with_rounded(
+    weights: LayerWeights, names: Collection[str], rounded: Callable[[Tensor], QuantizedTensor]
+) -> LayerWeights:
+    """The layer with `rounded` applied, in float32, to every named matrix one by one.
+
+    names: linear weights, and `gate_up` for both projections of all experts. Matrices that already have codes keep
+    them: the pass that made them owns them.
+    """
+
+    def one(weight: Weight) -> Weight:
+        return rounded(weight.float()) if isinstance(weight, Tensor) else weight
+
+    if "gate_up" in names:
+        made = []
+        for expert in weights.experts:
+            for projection in PROJECTIONS:
+                expert = expert.with_projection(projection, one(expert.projection(projection)))
+            made.append(expert)
+        weights = weights.with_experts(tuple(made))
+    return weights.with_tensors({name: one(weights.tensors[name]) for name in names if name not in PROJECTIONS})

@@ -1,0 +1,48 @@
+"""Second moments of the inputs of a layer's ordinary Linear matrices (attention, shared experts, dense MLP)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from moecompress.stats.base import LinearObservation, Reduce, State, Statistic
+from moecompress.types import MoESite
+
+
+@dataclass(frozen=True)
+class LinearHessian(Statistic):
+    """sum x x^T of every named Linear's input, float32 [in, in] under the Linear's name; raw, without 2 / N.
+
+    columns: (weight name inside the layer, input columns) of the matrices. Linears that receive the same tensor
+    (q, k, v; gate, up) share one sum, in memory too.
+    """
+
+    columns: tuple[tuple[str, int], ...]
+
+    name: ClassVar[str] = "linear_hessian"
+    depends_on: ClassVar[frozenset[str]] = frozenset(
+        {"activations", "attention", "dense_mlp", "experts", "norms", "router", "shared_experts"}
+    )
+
+    @property
+    def reduce(self) -> Mapping[str, Reduce]:
+        return dict.fromkeys(sorted(self.linears), "sum")
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.columns)
+
+    def init(self, site: MoESite | None) -> State:
+        return {name: torch.zeros(columns, columns) for name, columns in sorted(self.columns)}
+
+    def observe_linear(self, state: State, seen: LinearObservation) -> None:
+        if seen.name not in state:
+            return
+        if seen.same_as is not None and seen.same_as in state:
+            state[seen.name] = state[seen.same_as]
+            return
+        x = seen.inputs.to(state[seen.name].device, torch.float32)
+        state[seen.name].addmm_(x.t(), x)
