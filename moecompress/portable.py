@@ -228,7 +228,7 @@ def _vllm(site: MoESite, experts: Scheme, linears: Scheme | None) -> dict[str, A
         return _no(f"group {experts.group_size} must divide hidden {site.hidden} and expert width {site.width}")
     reason = f"pack-quantized, symmetric, {experts.bits} bits, one scheme for gate, up and down of every expert"
     if experts.bits not in (4, 8):
-        reason += "; needs a build with the Humming kernels, Marlin has 4 and 8 bits"
+        reason += "; needs the Humming kernels (Marlin has 4 and 8 bits), where negative scales are unverified"
     elif experts.group_size not in (-1, 32, 64, 128):
         reason += f"; group {experts.group_size} is outside Marlin's -1, 32, 64, 128"
     if experts.group_size != -1:

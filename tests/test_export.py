@@ -193,6 +193,8 @@ def test_gptq_export_has_a_rule_for_every_other_scheme(made: Any, tmp_path: Path
     assert {value["bits"] for value in changed.values()} | {block["bits"]} == {2, 3, 4}  # 1 bit as 2-bit codes
     rows = read_json(out / "moecompress" / "report.json")["loadable"]
     assert {row["status"] for row in rows.values()} == {"no"}
+    card = (out / "README.md").read_text()
+    assert "GPTQModel.load" in card and "AutoModelForCausalLM" not in card
 
 
 def test_refusals_say_what_would_be_lost_and_leave_nothing(made: Any, tmp_path: Path) -> None:

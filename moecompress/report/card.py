@@ -62,6 +62,8 @@ def _front_matter(report: Report, licence: str | None) -> str:
 
 
 def _code(report: Report) -> str:
+    if report.format == "gptq":  # transformers has no loader for GPTQ experts
+        return 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load(".")  # or its name on the hub'
     first = (
         [] if report.format in PLAIN_FORMATS else ["import moecompress  # lets transformers read the packed experts"]
     )
