@@ -17,9 +17,9 @@ import torch
 from moecompress.checkpoint.native_config import NativeConfig
 from moecompress.checkpoint.writer import ShardRecord, atomic_write, write_index
 from moecompress.errors import CoverageError, OutputError, message
-from moecompress.estimate import peak_resident
 from moecompress.job import PROBE, Job
 from moecompress.layerstore import save_tensors
+from moecompress.memory import peak_resident
 from moecompress.parts import layer_file, outer_part
 from moecompress.portable import Layout, config_block
 from moecompress.progress import Progress
@@ -149,7 +149,7 @@ def reload_check(job: Job) -> dict[str, Any]:
     dense = job.plan.output == "portable"  # transformers expands its experts while loading
     size = job.model.facts.source_bytes if dense else job.plan.estimate.output_bytes
     command += [str(torch.get_num_threads()), str(size)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, process_group=0)
     probe.unlink()
     if done.returncode != 0:
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-6:])
