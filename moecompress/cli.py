@@ -76,19 +76,59 @@ def evaluate(
     perplexity: Annotated[
         list[str] | None, typer.Option(help="Text file or python-stdlib:heldout; may be repeated.")
     ] = None,
-    reference: Annotated[Path | None, typer.Option(help="The source model, for KL and agreement.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, a,b, or a task's YAML file.")
+    ] = None,
+    humaneval: Annotated[Path | None, typer.Option(metavar="FILE", help="Problems in HumanEval's format.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="The source model: KL, agreement, paired differences.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="At most this many pieces of every text.")] = 40,
     length: Annotated[int, typer.Option(min=2, help="Tokens in one piece.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of every task, problems of HumanEval.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Instead of the tasks' own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of tasks and HumanEval.")] = 8,
+    device: Annotated[str, typer.Option(help="Where tasks and HumanEval run the model: cpu, cuda, ...")] = "cpu",
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the code that the model writes, with limits.")
+    ] = False,
+    samples_per_task: Annotated[int, typer.Option(min=1, help="Programs for every problem of HumanEval.")] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Of HumanEval; 0 for one sample, else 0.8.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a checkpoint: perplexity on texts, and its distance from a reference."""
-    from moecompress.evaluate import evaluate_dir
+    """Measure a checkpoint: perplexity on texts, distance from a reference, tasks of lm-eval, written code."""
     from moecompress.progress import open_progress
+    from moecompress.tasknames import split_names
 
-    texts = tuple(perplexity or ())
+    texts, names = tuple(perplexity or ()), split_names(tasks or ())
+    shared: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "device": device}
+    result: dict[str, Any] = {}
     with open_progress(sys.stderr) as progress:
-        result = evaluate_dir(directory, texts, reference, windows=windows, length=length, progress=progress)
+        if texts or not (names or humaneval):
+            from moecompress.evaluate import evaluate_dir
+
+            result = evaluate_dir(directory, texts, reference, windows=windows, length=length, progress=progress)
+        if names:
+            from moecompress.tasks import evaluate_tasks
+
+            found = evaluate_tasks(directory, names, reference, num_fewshot=num_fewshot, progress=progress, **shared)
+            result = _merged(result, found)
+        if humaneval:
+            from moecompress.humaneval import evaluate_humaneval
+
+            shared |= {"allow_code_execution": allow_code_execution, "samples_per_task": samples_per_task}
+            shared |= {"temperature": temperature, "progress": progress}
+            result = _merged(result, evaluate_humaneval(directory, humaneval, reference, **shared))
     typer.echo(_json(result) if as_json else _evaluation(result))
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="The first one is the base.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="A .html, .md or .json file.")],
+) -> None:
+    """Compare runs: one table, size against quality, significance of differences, recipe differences."""
+    from moecompress.report.compare import write_comparison
+
+    typer.echo(write_comparison(directories, out))
 
 
 @app.command()
@@ -200,12 +240,24 @@ def _json(data: Any) -> str:
     return json.dumps(data, indent=1, ensure_ascii=False)
 
 
-def _evaluation(result: dict[str, Any]) -> str:
-    from moecompress.report.text import number, percent, with_error
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Both results; what both measured by task is put together."""
+    inner = {key: first[key] | second[key] for key in first.keys() & second.keys() if isinstance(first[key], dict)}
+    return {**first, **second, **inner}
 
-    rows = [f"perplexity  {name}: {with_error(v['value'], v['stderr'])}" for name, v in result["perplexity"].items()]
+
+def _evaluation(result: dict[str, Any]) -> str:
+    from moecompress.report.text import difference, number, percent, with_error
+
+    texts, agreement = result.get("perplexity") or {}, result.get("top1_agreement") or {}
+    rows = [f"perplexity  {name}: {with_error(v['value'], v['stderr'])}" for name, v in texts.items()]
     rows += [f"kl          {name}: {number(value)} nats per token" for name, value in (result.get("kl") or {}).items()]
-    rows += [
-        f"agreement   {name}: {percent(v)} of the most likely tokens" for name, v in result["top1_agreement"].items()
-    ]
+    rows += [f"agreement   {name}: {percent(v)} of the most likely tokens" for name, v in agreement.items()]
+    paired = result.get("tasks_paired") or {}
+    for task, metrics in (result.get("tasks") or {}).items():
+        for name, v in metrics.items():
+            row = f"task        {task}: {name} {with_error(v['value'], v['stderr'])}"
+            change = paired.get(task, {}).get(name)
+            shown = change and difference(change["value"], change["stderr"], change["p"])
+            rows.append(f"{row}, {shown} against the reference" if shown else row)
     return "\n".join(rows)

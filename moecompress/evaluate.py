@@ -6,7 +6,7 @@ models see the same tokens and KL and router agreement need no second pass.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +21,11 @@ from moecompress.calib.sources import resolve_text
 from moecompress.calib.tokenizer import load_tokenizer
 from moecompress.calib.tokens import make_token_set
 from moecompress.calib.tokens import windows as cut_windows
-from moecompress.checkpoint.writer import atomic_write
 from moecompress.errors import CalibrationError, CheckpointError, message
+from moecompress.evalstore import WINDOWS, update_evaluation, write_rows
 from moecompress.fingerprint import versions
 from moecompress.measure import set_agreement
+from moecompress.memory import return_freed_memory
 from moecompress.progress import NoProgress, Progress
 from moecompress.stream.collect import Collector
 from moecompress.stream.model import StreamModel, open_model
@@ -39,13 +40,17 @@ SEPARATOR = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Window:
-    """One evaluated window. nll, kl: mean nats per predicted token; agree: share of equal arg-max; T - 1 tokens."""
+    """One evaluated window. nll, kl: mean nats per predicted token; agree: share of equal arg-max; T - 1 tokens.
+
+    digest: of the token ids, so that windows of two models are only paired when they are the same.
+    """
 
     text: str
     index: int
     nll: float
     kl: float | None
     agree: float | None
+    digest: str = ""
 
 
 def evaluate_dir(
@@ -68,6 +73,7 @@ def evaluate_dir(
     if not texts:
         raise CalibrationError(message("evaluation", "no text given", "a text file or python-stdlib:heldout"))
     shown = progress or NoProgress()
+    return_freed_memory()
     model = open_model(path)
     base = open_model(reference) if reference is not None else None
     if base is not None and base.facts.vocab_size != model.facts.vocab_size:
@@ -163,7 +169,8 @@ def _score(model: StreamModel, run: TokenRun, base: StreamModel | None, base_run
             agree = float((p.argmax(-1) == found.argmax(-1)).double().mean())
         if not math.isfinite(nll):
             raise CheckpointError(message(f"{model.root}: {name} window {index}", "logits are not finite"))
-        yield Window(name, index, nll, kl, agree)
+        digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
+        yield Window(name, index, nll, kl, agree, digest)
 
 
 def summary(found: Sequence[Window], agreement: Sequence[float | None], reference: Path | None) -> dict[str, Any]:
@@ -197,9 +204,7 @@ def _short(name: str) -> str:
 
 
 def _save(path: Path, result: dict[str, Any], found: Sequence[Window]) -> None:
-    folder = path / "moecompress"
-    folder.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(vars(window)) + "\n" for window in found)
-    atomic_write(folder / "eval_windows.jsonl", lines)
-    result["samples"] = "eval_windows.jsonl"
-    atomic_write(folder / "eval.json", json.dumps(result, indent=1) + "\n")
+    """Results of tasks that eval.json already has stay in it."""
+    result["windows"] = write_rows(path, WINDOWS, map(vars, found))
+    measured = {key: value for key, value in result.items() if key not in ("tasks", "samples", "limit")}
+    result["samples"] = update_evaluation(path, measured, WINDOWS)["samples"]

@@ -21,7 +21,7 @@ from moecompress.report import Report
 
 
 def evaluate_output(job: Job, progress: Progress) -> None:
-    """The recipe's `evaluate` section on the staged output, against the source model."""
+    """The recipe's `evaluate` section on the staged output, against the source model (tasks: if that fits)."""
     wanted = job.plan.recipe.evaluate
     if wanted.perplexity:
         evaluate_dir(
@@ -32,6 +32,13 @@ def evaluate_output(job: Job, progress: Progress) -> None:
             windows=wanted.windows,
             progress=progress,
         )
+    if wanted.tasks:
+        from moecompress.tasks import evaluate_tasks, fits
+
+        source = job.plan.root if fits(job.plan.root) else None
+        if source is None:
+            progress.step("the source is larger than the free memory: tasks without paired differences")
+        evaluate_tasks(job.run.staging, wanted.tasks, source, limit=wanted.limit, progress=progress)
 
 
 def make_report(

@@ -173,8 +173,25 @@ class Metric(_Part):
     stderr: float | None = None
 
 
+class Change(_Part):
+    """A paired difference, this model minus the reference, as `numerics.significance.Difference`."""
+
+    value: float | None = None
+    stderr: float | None = None
+    count: int | None = None
+    z: float | None = None
+    higher: int | None = None
+    lower: int | None = None
+    p: float | None = None
+    test: Literal["sign", "t"] | None = None
+
+
 class Evaluation(_Part):
-    """eval.json. router_agreement: one fraction per MoE layer, in order; unknown keys are left alone."""
+    """eval.json. router_agreement: one fraction per MoE layer, in order; unknown keys are left alone.
+
+    samples, windows: files or folders beside eval.json with what each document and window gave. limit: of the tasks
+    measured last; task_settings has every task's.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -188,3 +205,7 @@ class Evaluation(_Part):
     versions: dict[str, str] = {}
     limit: int | None = None
     reference: str | None = None
+    windows: str | None = None
+    tasks_paired: dict[str, dict[str, Change]] = {}
+    tasks_reference: str | None = None
+    task_settings: dict[str, dict[str, JsonValue]] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from moecompress.report.schema import Evaluation, LayerInfo, Report
-from moecompress.report.text import NOT_MEASURED, data_size, duration, number, percent, with_error
+from moecompress.report.text import NOT_MEASURED, data_size, difference, duration, number, percent, with_error
 
 STATUS = {"tested": "tested", "by_rule": "by rule", "no": "no"}
 
@@ -38,8 +38,14 @@ def quality_table(evaluation: Evaluation | None) -> Table | None:
         for task, found in evaluation.tasks.items()
         for metric, m in found.items()
     ]
+    rows += [
+        (task, f"{metric}, minus the reference's", difference(change.value, change.stderr, change.p))
+        for task, found in evaluation.tasks_paired.items()
+        for metric, change in found.items()
+    ]
     how = (
         ("reference", evaluation.reference),
+        ("reference of tasks", evaluation.tasks_reference),
         ("backend", evaluation.backend),
         ("samples", evaluation.samples),
     )
@@ -127,12 +133,13 @@ def _start(digest: str | None) -> str:
 
 
 def _parameters(values: Mapping[str, JsonValue]) -> str:
-    return ", ".join(f"{name}: {_plain(value)}" for name, value in values.items())
+    return ", ".join(f"{name}: {plain(value)}" for name, value in values.items())
 
 
 def _quantity(name: str, value: JsonValue) -> str:
-    return data_size(value) if name.endswith("_bytes") and isinstance(value, int) else _plain(value)
+    return data_size(value) if name.endswith("_bytes") and isinstance(value, int) else plain(value)
 
 
-def _plain(value: JsonValue) -> str:
+def plain(value: JsonValue) -> str:
+    """Text as it is, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

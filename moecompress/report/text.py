@@ -54,6 +54,18 @@ def with_error(value: float | None, stderr: float | None) -> str:
     return text if value is None or stderr is None else f"{text} ± {number(stderr, 2)}"
 
 
+def probability(p: float | None) -> str:
+    """A p-value: two digits, `< 0.0001` below that."""
+    return NOT_MEASURED if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def difference(value: float | None, stderr: float | None, p: float | None) -> str:
+    """`-0.013 ± 0.004 (p = 0.0011)`: a paired difference."""
+    text = with_error(value, stderr)
+    signed = f"+{text}" if value is not None and value > 0 else text
+    return signed if p is None else f"{signed} (p {'' if p < 1e-4 else '= '}{probability(p)})"
+
+
 def smaller(before: int | None, after: int | None) -> str | None:
     """`3.42x smaller` (or larger, or unchanged), None when it cannot be said."""
     if not before or not after:

@@ -97,8 +97,8 @@ passes:
     extra: 1
   - quantize.rtn
   - prune.score: {calibration: other}
-output: {format: portable, shard_size: 4, dri: 1}
-evaluate: {tasks: [piqa], windows: 0}
+output: {format: portabel, shard_size: 4, dri: 1}
+evaluate: {tasks: piqa, windows: 0}
 seed: -1
 """
     head = "calibration, evaluate, extends, model, output, passes, revision, seed, trust_remote_code"
@@ -120,12 +120,11 @@ seed: -1
         f"recipe.yaml:10: passes[3]: 'quantize.rtn'; {one}",
         "recipe.yaml:11: passes[4].prune.score: missing key 'keep'",
         "recipe.yaml:11: passes[4].prune.score.calibration: 'other' is no calibration set (allowed: default)",
-        "recipe.yaml:12: output.format: 'portable': not in this version; use native or dense "
-        "(or auto, which chooses for you)",
+        "recipe.yaml:12: output.format: 'portabel' is not a choice here; did you mean 'portable'? "
+        "(allowed: auto, dense, native, portable)",
         "recipe.yaml:12: output.shard_size: 4: should be a valid string (put it in quotes)",
         "recipe.yaml:12: output: unknown key 'dri'; did you mean 'dir'? (allowed: dir, format, shard_size)",
-        "recipe.yaml:13: evaluate.tasks: ['piqa']: tasks are not in this version; leave the list empty "
-        "and measure perplexity",
+        "recipe.yaml:13: evaluate.tasks: 'piqa': should be a list",
         "recipe.yaml:13: evaluate.windows: 0: should be greater than or equal to 1",
         "recipe.yaml:14: seed: -1: should be greater than or equal to 0",
     ]

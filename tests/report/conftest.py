@@ -33,6 +33,7 @@ def expert(rng: random.Random, index: int) -> dict[str, Any]:
         "importance": rng.random() ** 3,
         "bits": {"gate_up": None, "down": None} if pruned else bits,
         "error": None if pruned else 0.3 * rng.random(),
+        "weight_error": None if pruned else 0.05,
         "action": "pruned" if pruned else "quantized",
         "fallback": "rtn: 12 tokens < 64" if not pruned and tokens < 60 else None,
     }

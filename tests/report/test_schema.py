@@ -35,7 +35,8 @@ REPORT_KEYS: dict[str, Any] = {
     "loadable": {name: dict.fromkeys(("status", "reason")) for name in ("transformers", "vllm", "sglang")},
 }
 EVALUATION_KEYS = (
-    "perplexity kl top1_agreement router_agreement tasks samples backend versions limit reference".split()
+    "perplexity kl top1_agreement router_agreement tasks samples backend versions limit reference "
+    "windows tasks_paired tasks_reference task_settings".split()
 )
 
 
