@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,24 +72,28 @@ def expert_rows(
     forward: Forward,
     statistics: Mapping[str, Mapping[str, Tensor]],
     notes: Mapping[int, Mapping[str, Any]],
+    comparable: Callable[[int, ExpertWeights], ExpertWeights] = lambda _, expert: expert,
 ) -> list[dict[str, Any]]:
     """report.json rows of one layer's experts. statistics: `routing_counts` and `token_sample`, when measured.
 
     notes: what the passes said about an expert (`action`, `fallback`, `importance`), by source id.
+    comparable: an output expert with the exact transforms of the passes (smoothing scales) taken back, so that it fits
+    the source's inputs.
     """
     same = len(original.experts) == len(weights.experts)
     tokens = statistics.get("routing_counts", {}).get("tokens")
     rows = []
     for index, before in enumerate(original.experts):
         after = weights.experts[index] if same else None
+        like = None if after is None else comparable(index, after)
         rows.append(
             {
                 "id": index,
                 "tokens": None if tokens is None else int(tokens[index]),
                 "bits": {"gate_up": None, "down": None} if after is None else _bits(after),
-                "weight_error": None if after is None else _expert_weight_error(before, after),
-                "error": _error(forward, before, after, index, statistics.get("token_sample")),
-                "action": "kept" if after is None or _untouched(before, after) else "quantized",
+                "weight_error": None if like is None else _expert_weight_error(before, like),
+                "error": _error(forward, before, like, index, statistics.get("token_sample")),
+                "action": _action(before, after),
                 **notes.get(index, {}),
             }
         )
@@ -116,8 +120,11 @@ def _bits(expert: ExpertWeights) -> dict[str, int]:
     return found
 
 
-def _untouched(before: ExpertWeights, after: ExpertWeights) -> bool:
-    return all(before.projection(name) is after.projection(name) for name in PROJECTIONS)
+def _action(before: ExpertWeights, after: ExpertWeights | None) -> str:
+    if after is None or all(before.projection(name) is after.projection(name) for name in PROJECTIONS):
+        return "kept"
+    coded = any(isinstance(after.projection(name), QuantizedTensor) for name in PROJECTIONS)
+    return "quantized" if coded else "changed"
 
 
 def _expert_weight_error(before: ExpertWeights, after: ExpertWeights) -> float:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from moecompress.arch.quirks import scoring
-from moecompress.job import PROBE, SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, each_once, seeded
+from moecompress.context import layer_context, set_of
+from moecompress.job import SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, each_once
 from moecompress.layerstore import load_decision, load_layer, save_decision, save_layer, save_tensors
 from moecompress.measure import expert_rows, router_comparison, stream_error
 from moecompress.memory import resident_bytes
-from moecompress.passes.base import LayerContext, Pass, RowsToHidden, Scope
-from moecompress.plan import Sweep
+from moecompress.passes.base import Decision, Pass, Scope
+from moecompress.planned import Sweep
 from moecompress.stats.base import Statistic
 from moecompress.stats.routing import RoutingCounts, TokenSample
-from moecompress.stream.collect import Collector, Partner
-from moecompress.stream.hidden import HiddenStore
+from moecompress.stream.collect import Collector
 from moecompress.stream.layers import experts_of, filled_layer
 from moecompress.stream.streams import run_layer
 from moecompress.types import ExpertWeights, LayerWeights
@@ -59,16 +59,11 @@ def _leading_needs(job: Job, sweep: Sweep, name: str) -> list[Statistic]:
     positions = [*sweep.steps, *([sweep.barrier] if sweep.barrier is not None else [])]
     for position in positions:
         step = job.passes[position]
-        if step.propagate == "original" and _set_of(job, step) == name:
+        if step.propagate == "original" and set_of(job, step) == name:
             wanted += step.needs()
         if step.changes:
             break
     return wanted
-
-
-def _set_of(job: Job, step: Pass) -> str:
-    name = getattr(step, "calibration", "default")
-    return name if name in job.tokens else (job.report_set or PROBE)
 
 
 def _advance_original(job: Job, sweep: Sweep, original: LayerWeights, statistics: LayerStatistics) -> Collector | None:
@@ -108,7 +103,7 @@ def _collected(
     site = job.model.facts.layers[weights.index].site
     if site is None:
         return {}
-    name, stream = _set_of(job, step), step.propagate
+    name, stream = set_of(job, step), step.propagate
     missing = statistics.missing(name, stream, step.needs())
     if missing or step.needs_block_error:
         run = job.tokens[name]
@@ -127,7 +122,7 @@ def _step(
     decision = job.decided.get(position) or load_decision(folder, name)
     finished = _collected(job, step, weights, statistics)
     with filled_layer(job.model, weights) as layer:
-        context = _context(job, step, layer, weights, finished)
+        context = layer_context(job, step, layer, weights, finished)
         if decision is None:
             assert step.scope is Scope.LAYER
             decision, changed = step.process(context)
@@ -139,78 +134,6 @@ def _step(
     if step.expensive and sweep.barrier is not None:
         save_layer(_stored_path(job, position, index), original, changed)
     return changed
-
-
-def _context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finished: Finished) -> LayerContext:
-    facts = job.model.facts.layers[weights.index]
-
-    def forward(candidate: ExpertWeights, inputs: Tensor) -> Tensor:
-        assert facts.site is not None
-        return experts_of(layer, facts.site.experts).run_expert(candidate, inputs)[1]
-
-    def activate(projected: Tensor) -> Tensor:
-        assert facts.site is not None
-        return experts_of(layer, facts.site.experts).activate(projected)
-
-    dtype = job.model.facts.dtype
-    return LayerContext(
-        facts=job.model.facts,
-        layer=facts,
-        weights=weights,
-        statistics=finished,
-        scale_dtype=dtype,
-        forward=forward,
-        activate=activate,
-        block_error=_block_error(job, step, weights.index),
-        collect=lambda wanted, current: _collect_again(job, step, weights, current, wanted),
-        generator=seeded(getattr(step, "seed", 0), step.name, weights.index),
-    )
-
-
-def _collect_again(
-    job: Job, step: Pass, before: LayerWeights, current: LayerWeights, wanted: Sequence[Statistic]
-) -> Finished:
-    """Run the layer with `current` weights on the pass's stream for these statistics alone.
-
-    Paired statistics first get the expert inputs of the original stream through the layer as it was `before` the pass:
-    whatever exact transform earlier passes folded into its norms holds on both sides.
-    """
-    run = job.tokens[_set_of(job, step)]
-    site, partner = job.model.facts.layers[before.index].site, None
-    if site is not None and any(item.paired for item in wanted):
-        shape = (*run.tokens.ids.shape, site.hidden)
-        partner = Partner(HiddenStore(run.folder / f"{run.tokens.name}.partner.f32", shape), before.experts)
-        partner.hidden.create()
-        recorder = Collector(site, (), record=partner.hidden)
-        run_layer(job.model, before, run, "original", collector=recorder, write=False)
-    collector = Collector(site, wanted, run.tokens.heldout, partner=partner)
-    run_layer(job.model, current, run, step.propagate, collector=collector, write=False)
-    if partner is not None:
-        partner.hidden.remove()
-    return collector.finished()
-
-
-def _block_error(job: Job, step: Pass, index: int) -> RowsToHidden:
-    """Reads both streams' outputs of this layer for global token rows (sequence * T + t)."""
-    if not step.needs_block_error:
-        return _no_block_error
-    run = job.tokens[_set_of(job, step)]
-    original, compressed = run.store("original", index + 1), run.store("compressed", index + 1)
-    length = run.tokens.ids.shape[1]
-
-    def error(rows: Tensor) -> Tensor:
-        out = torch.empty(rows.numel(), *run.row_shape[1:])
-        for sequence in torch.unique(rows // length).tolist():
-            at = rows // length == sequence
-            steps = rows[at] % length
-            out[at] = (original.read(sequence, sequence + 1) - compressed.read(sequence, sequence + 1))[0, steps]
-        return out
-
-    return error
-
-
-def _no_block_error(rows: Tensor) -> Tensor:
-    raise LookupError("block_error: the pass does not set needs_block_error")
 
 
 def _stored_path(job: Job, position: int, index: int) -> Any:
@@ -237,7 +160,7 @@ def weights_before(job: Job, position: int) -> Callable[[int], LayerWeights]:
             decision = job.decided.get(step) or load_decision(job.run.decisions / job.folder(step), f"{index:05d}")
             assert decision is not None, "a barrier comes after every earlier pass has decided"
             with filled_layer(job.model, current) as layer:
-                current = job.passes[step].apply(_context(job, job.passes[step], layer, current, {}), decision)
+                current = job.passes[step].apply(layer_context(job, job.passes[step], layer, current, {}), decision)
         return current
 
     return weights
@@ -270,7 +193,12 @@ def _row(
         assert facts.site is not None
         experts = experts_of(layer, facts.site.experts)
         rows = expert_rows(
-            result.original, result.weights, lambda w, x: experts.run_expert(w, x)[1], measured, _notes(job, index)
+            result.original,
+            result.weights,
+            lambda w, x: experts.run_expert(w, x)[1],
+            measured,
+            _notes(job, index),
+            lambda number, expert: _restored(job, index, number, expert),
         )
     return {
         "layer": index,
@@ -282,11 +210,26 @@ def _row(
     }
 
 
+def _decision(job: Job, position: int, index: int) -> Decision | None:
+    return job.decided.get(position) or load_decision(job.run.decisions / job.folder(position), f"{index:05d}")
+
+
+def _restored(job: Job, index: int, number: int, expert: ExpertWeights) -> ExpertWeights:
+    """An expert of the output in the basis of the source's expert: exact transforms of the passes taken back."""
+    for position in reversed(range(len(job.passes))):
+        step, decision = job.passes[position], None
+        if step.transforms_experts:
+            decision = _decision(job, position, index)
+        if decision is not None:
+            expert = step.restored(job.model.facts.layers[index], decision, number, expert)
+    return expert
+
+
 def _notes(job: Job, index: int) -> dict[int, dict[str, Any]]:
     """What the passes' decisions say about experts of this layer, under their `experts` key."""
     notes: dict[int, dict[str, Any]] = {}
     for position in range(len(job.passes)):
-        decision = job.decided.get(position) or load_decision(job.run.decisions / job.folder(position), f"{index:05d}")
+        decision = _decision(job, position, index)
         said = decision.data.get("experts", {}) if decision is not None else {}
         for expert, note in said.items():
             notes.setdefault(int(expert), {}).update(note)

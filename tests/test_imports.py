@@ -20,7 +20,7 @@ LAYERS = (
     ("experts", "stream", "calib", "load"),
     ("passes",),
     ("recipe", "registry", "fingerprint", "rundir", "layerstore", "measure", "portable", "tasknames", "writing"),
-    ("estimate", "plan", "plan_text", "job", "sweep", "parts"),
+    ("estimate", "planned", "plan", "job", "context", "sweep", "parts"),
     ("evaluate", "evalstore", "tasks", "taskresults", "humaneval", "sandbox", "report"),
     # a run ends with a reload check, an evaluation and a report, so it stands above them
     ("reload", "results", "finish", "run", "export", "inspect", "doctor"),

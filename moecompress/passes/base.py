@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moecompress.stats.base import Statistic
+from moecompress.stream.fold import NormFold
 from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, Scheme, Stream
 
 TARGETS = ("routed_experts", "attention", "shared_experts", "dense_mlp")
@@ -59,6 +60,8 @@ class LayerContext:
     passes that set `needs_block_error`; raises LookupError otherwise.
     collect: runs the layer with the given weights on the pass's stream once more and returns these statistics finished:
     for passes whose statistics would not fit in memory together, or that change the layer in several steps.
+    norm_fold: finds the norm that feeds the experts and everything else that reads it, by running the layer on a probe;
+    raises UnsupportedModel where a scale cannot be folded into it exactly.
     """
 
     facts: ModelFacts
@@ -71,6 +74,7 @@ class LayerContext:
     generator: Callable[..., torch.Generator]
     block_error: RowsToHidden
     collect: Collect
+    norm_fold: Callable[[], NormFold]
 
     def evaluate(self, expert: int, candidate: ExpertWeights) -> float | None:
         """Relative squared output error of a candidate for one expert on the layer's token sample (`token_sample`).
@@ -125,6 +129,7 @@ class Pass(BaseModel):
     changes: ClassVar[frozenset[str]]
     propagate: ClassVar[Stream] = "compressed"
     expensive: ClassVar[bool] = False  # a finished layer is stored at a barrier instead of applying again
+    transforms_experts: ClassVar[bool] = False  # moves scales or rotations in and out of experts; has `restored`
     needs_block_error: ClassVar[bool] = False  # LAYER passes that learn from the layer's output error
 
     def needs(self) -> tuple[Statistic, ...]:
@@ -161,6 +166,10 @@ class Pass(BaseModel):
     def apply(self, context: LayerContext, decision: Decision) -> LayerWeights:
         """The layer's new weights. Pure and deterministic."""
         raise RuntimeError(f"{type(self).__name__} has no apply")
+
+    def restored(self, layer: LayerFacts, decision: Decision, number: int, expert: ExpertWeights) -> ExpertWeights:
+        """Expert `number` of the output with this pass's exact transform taken back: comparable with the source's."""
+        return expert
 
 
 def group_problems(columns: Mapping[str, int], group_size: int) -> list[str]:

@@ -1,0 +1,233 @@
+"""smooth.awq: move scales from active channels into the weights that read them, so that rounding hurts them less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from moecompress.errors import UnsupportedModel, message
+from moecompress.numerics.awq import clip_steps, clipped, scale_candidates
+from moecompress.numerics.grids import GridRule, dequantize, round_to_nearest
+from moecompress.passes.base import Decision, LayerContext, Pass, group_problems, input_columns
+from moecompress.passes.quantizer import Bits, positive_group, scheme_of
+from moecompress.stats.base import Statistic
+from moecompress.stats.routing import TokenSample
+from moecompress.stream.fold import NormFold, scaled_inputs
+from moecompress.types import PROJECTIONS, ExpertWeights, LayerFacts, LayerWeights, ModelFacts, MoESite, Projection
+
+
+class SmoothAWQ(Pass):
+    """AWQ (2306.00978) for experts: one scale per layer from the norm into router, routed and shared experts; one
+    scale per expert from up into down; then clipping. It rounds nothing: a `quantize.*` pass follows.
+
+    The scales leave the layer's function as it is (tried on real inputs, or refused); clipping does not. Give `bits`,
+    `group_size`, `symmetric` and `grid` as the quantizer that follows has them: the search rounds with these.
+    """
+
+    name: ClassVar[str] = "smooth.awq"
+    paper: ClassVar[str] = "2306.00978"
+    changes: ClassVar[frozenset[str]] = frozenset({"norms", "router", "experts", "shared_experts", "attention"})
+    transforms_experts: ClassVar[bool] = True
+
+    bits: Bits = Field(4, description="code width the search rounds to")
+    group_size: int = Field(128, description="input columns that share one scale in the search; -1 = per channel")
+    symmetric: bool = Field(True, description="no zero points in the search")
+    grid: GridRule = Field("mse", description="range rule of the search")
+    shared: bool = Field(
+        True, description="one scale per layer, folded into the norm before the experts and the router"
+    )
+    experts: bool = Field(True, description="one scale per expert between up and down")
+    clip: bool = Field(True, description="clip every group to the range with the least output error")
+    ratios: int = Field(20, ge=2, le=100, description="exponents tried per search, 0 among them")
+    tokens: int = Field(512, ge=1, description="sampled tokens per layer on which candidates are judged")
+    calibration: str = Field("default", description="the calibration set to use")
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive_group(cls, value: int) -> int:
+        return positive_group(value)
+
+    def needs(self) -> tuple[Statistic, ...]:
+        return (TokenSample(self.tokens),)
+
+    def check(self, facts: ModelFacts) -> list[str]:
+        return group_problems(input_columns(facts, ("routed_experts",)), self.group_size)
+
+    def decide(self, context: LayerContext) -> Decision:
+        """Tensors: `shared` [H] and `experts` [E, I] scales, `clip.gate_up`, `clip.down` uint8 [E, out, G] steps."""
+        if context.layer.site is None:
+            return Decision({})
+        data: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        weights, sample = context.weights, context.statistics["token_sample"]
+        if self.shared:
+            fold = context.norm_fold()
+            tensors["shared"], data["ratio"] = self._shared(context, sample)
+            data |= {"norm": fold.norm, "offset": fold.offset, "readers": list(fold.readers)}
+            weights = scaled_inputs(weights, fold, tensors["shared"])
+            sample = {**sample, "hidden": sample["hidden"].float() / tensors["shared"]}
+        if self.experts:
+            _require_linear_up(context)
+            found = [self._between(context, weights, sample, number) for number in range(len(weights.experts))]
+            tensors["experts"] = torch.stack([scale for scale, _ in found])
+            data["expert_ratios"] = [ratio for _, ratio in found]
+            weights = _scaled_between(weights, context.layer.site, tensors["experts"])
+        if self.clip:
+            for projection in PROJECTIONS:
+                tensors[f"clip.{projection}"] = self._clip(context, weights, sample, projection)
+        return Decision(data, tensors)
+
+    def apply(self, context: LayerContext, decision: Decision) -> LayerWeights:
+        weights, site, tensors = context.weights, context.layer.site, decision.tensors
+        if site is None:
+            return weights
+        if "shared" in tensors:
+            fold = NormFold(decision.data["norm"], decision.data["offset"], tuple(decision.data["readers"]))
+            weights = scaled_inputs(weights, fold, tensors["shared"])
+        if "experts" in tensors:
+            weights = _scaled_between(weights, site, tensors["experts"])
+        for projection in PROJECTIONS:
+            if f"clip.{projection}" in tensors:
+                weights = _clipped(weights, projection, tensors[f"clip.{projection}"])
+        return weights
+
+    def restored(self, layer: LayerFacts, decision: Decision, number: int, expert: ExpertWeights) -> ExpertWeights:
+        assert layer.site is not None
+        one = LayerWeights(
+            layer.index, {}, (replace(expert, gate_up=_dense(expert.gate_up), down=_dense(expert.down)),)
+        )
+        if "experts" in decision.tensors:
+            one = _scaled_between(one, layer.site, 1 / decision.tensors["experts"][number][None])
+        expert = one.experts[0]
+        if "shared" in decision.tensors:
+            assert isinstance(expert.gate_up, Tensor)
+            expert = replace(expert, gate_up=expert.gate_up / decision.tensors["shared"])
+        return expert
+
+    def _shared(self, context: LayerContext, sample: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        """The candidate with the least squared error of all experts' outputs when gate and up are rounded under it."""
+        candidates = scale_candidates(sample["hidden"].float().abs().mean(0), self.ratios)
+        errors = torch.zeros(len(candidates), dtype=torch.float64)
+        for number, expert in enumerate(context.weights.experts):
+            inputs, gates = _routed(sample, number)
+            if len(inputs) == 0:
+                continue
+            wanted = context.forward(expert, inputs)
+            for i, scale in enumerate(candidates):
+                tried = replace(expert, gate_up=self._rounded(_dense(expert.gate_up), scale, context.scale_dtype))
+                errors[i] += ((context.forward(tried, inputs) - wanted) * gates).double().square().sum()
+        best = int(errors.argmin())
+        return candidates[best], best / self.ratios
+
+    def _between(
+        self, context: LayerContext, weights: LayerWeights, sample: Mapping[str, Tensor], number: int
+    ) -> tuple[Tensor, float]:
+        """The same for the scale between up and down of one expert; ones for an expert without sampled tokens."""
+        down = _dense(weights.experts[number].down)
+        middle, gates = _intermediate(context, weights, sample, number)
+        candidates = scale_candidates(
+            middle.abs().mean(0) if len(middle) else down.new_zeros(down.shape[1]), self.ratios
+        )
+        if len(middle) == 0:
+            return candidates[0], 0.0
+        weighted = middle * gates
+        errors = [
+            float((weighted @ (self._rounded(down, scale, context.scale_dtype) - down).t()).double().square().sum())
+            for scale in candidates
+        ]
+        best = min(range(len(errors)), key=errors.__getitem__)
+        return candidates[best], best / self.ratios
+
+    def _rounded(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        scheme = scheme_of(self.bits, self.group_size, self.symmetric)
+        return dequantize(round_to_nearest(weight * scale, scheme, grid=self.grid, scale_dtype=dtype)) / scale
+
+    def _clip(
+        self, context: LayerContext, weights: LayerWeights, sample: Mapping[str, Tensor], projection: Projection
+    ) -> Tensor:
+        scheme = scheme_of(self.bits, self.group_size, self.symmetric)
+        made = []
+        for number, expert in enumerate(weights.experts):
+            inputs, gates = _routed(sample, number)
+            if projection == "down":
+                inputs, gates = _intermediate(context, weights, sample, number)
+            weight = _dense(expert.projection(projection))
+            made.append(clip_steps(weight, inputs * gates, scheme, grid=self.grid, scale_dtype=context.scale_dtype))
+        return torch.stack(made)
+
+
+def _routed(sample: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
+    """Sampled tokens of one expert, float32 [n, H], and their routing weights [n, 1]."""
+    rows, slots = (sample["ids"] == number).nonzero(as_tuple=True)
+    return sample["hidden"][rows].float(), sample["weights"][rows, slots].float()[:, None]
+
+
+def _intermediate(
+    context: LayerContext, weights: LayerWeights, sample: Mapping[str, Tensor], number: int
+) -> tuple[Tensor, Tensor]:
+    """What `down` of one expert receives for its sampled tokens, [n, I], and their routing weights [n, 1]."""
+    inputs, gates = _routed(sample, number)
+    expert = weights.experts[number]
+    projected = inputs @ _dense(expert.gate_up).t()
+    if expert.gate_up_bias is not None:
+        projected = projected + expert.gate_up_bias.float()
+    return context.activate(projected), gates
+
+
+def _dense(weight: Any) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight if weight.dtype == torch.float64 else weight.float()
+    return dequantize(weight)
+
+
+def _up_rows(site: MoESite) -> slice:
+    """Rows of gate_up that multiply the gate: the second half, every other row, or all where there is no gate."""
+    if not site.gated:
+        return slice(None)
+    return slice(site.width, None) if site.concatenated else slice(1, None, 2)
+
+
+def _require_linear_up(context: LayerContext) -> None:
+    """Raises UnsupportedModel unless scaling the up rows scales the intermediate by as much."""
+    site = context.layer.site
+    assert site is not None
+    values = torch.randn(16, site.gate_up_rows, generator=torch.Generator().manual_seed(0)).double() * 4
+    factors = 2.0 ** torch.arange(-2, site.width - 2).remainder(5).double()
+    scaled = values.clone()
+    scaled[:, _up_rows(site)] *= factors
+    if not torch.allclose(context.activate(scaled), context.activate(values) * factors, rtol=1e-5, atol=1e-6):
+        raise UnsupportedModel(
+            message(
+                f"layer {context.layer.index}: smoothing between up and down",
+                "this family's activation is not linear in the up projection",
+                then="set experts: false",
+            )
+        )
+
+
+def _scaled_between(weights: LayerWeights, site: MoESite, scales: Tensor) -> LayerWeights:
+    """Up rows and their biases divided by scales [E, I], down columns multiplied: the same experts."""
+    rows, experts = _up_rows(site), []
+    for expert, scale in zip(weights.experts, scales, strict=True):
+        gate_up, down = _dense(expert.gate_up).clone(), _dense(expert.down)
+        gate_up[rows] /= scale.to(gate_up)[:, None]
+        bias = expert.gate_up_bias
+        if bias is not None:
+            bias = _dense(bias).clone()
+            bias[rows] /= scale.to(bias)
+        experts.append(replace(expert, gate_up=gate_up, down=down * scale.to(down), gate_up_bias=bias))
+    return weights.with_experts(tuple(experts))
+
+
+def _clipped(weights: LayerWeights, projection: Projection, steps: Tensor) -> LayerWeights:
+    return weights.with_experts(
+        tuple(
+            expert.with_projection(projection, clipped(_dense(expert.projection(projection)), steps[number]))
+            for number, expert in enumerate(weights.experts)
+        )
+    )

@@ -1,0 +1,170 @@
+"""Which norm feeds the routed experts, what else reads it, and moving a scale from the norm into its readers exactly.
+
+Found by running the layer on real inputs and comparing tensors, so a new family needs no entry; and proved by folding
+a trial scale and comparing the layer's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecompress.errors import RecipeError, UnsupportedModel, message
+from moecompress.experts import Experts
+from moecompress.stream.layers import call_layer, filled_layer
+from moecompress.stream.model import StreamModel
+from moecompress.stream.streams import TokenRun
+from moecompress.types import LayerWeights, MoESite, Stream
+
+_TOLERANCE = 1e-4  # of the largest output: float32 rounding through one layer, far below any real mistake
+
+
+@dataclass(frozen=True)
+class NormFold:
+    """norm: name of the norm's weight inside the layer. offset: 1 for norms that multiply by 1 + weight, else 0.
+
+    readers: names of all other weights [*, H] that read the norm's output (router, shared experts, ...); the routed
+    experts read it always.
+    """
+
+    norm: str
+    offset: float
+    readers: tuple[str, ...]
+
+
+def scaled_inputs(weights: LayerWeights, fold: NormFold, scale: Tensor) -> LayerWeights:
+    """The same layer with the norm's output divided by `scale` [H] > 0 and every reader's columns multiplied by it.
+
+    Changed tensors are float32 (float64 stays). Raises RecipeError when a reader already has codes.
+    """
+    changed: dict[str, Tensor] = {}
+    norm = _dense(weights, fold.norm)
+    changed[fold.norm] = (norm + fold.offset) / scale.to(norm) - fold.offset
+    bias = f"{fold.norm.removesuffix('weight')}bias"
+    if bias in weights.tensors:
+        changed[bias] = _dense(weights, bias) / scale.to(norm)
+    for name in fold.readers:
+        value = _dense(weights, name)
+        changed[name] = value * scale.to(value)
+    experts = []
+    for number, expert in enumerate(weights.experts):
+        if not isinstance(expert.gate_up, Tensor):
+            raise _too_late(weights.index, f"expert {number}")
+        value = _wide(expert.gate_up)
+        experts.append(replace(expert, gate_up=value * scale.to(value)))
+    return weights.with_tensors(changed).with_experts(tuple(experts))
+
+
+def find_norm_fold(model: StreamModel, weights: LayerWeights, run: TokenRun, stream: Stream) -> NormFold:
+    """How a scale can be moved out of the experts' norm in this layer, tried on the first batch of `run`.
+
+    Raises UnsupportedModel, with the reason, where that is not possible: the experts' input is not a norm's output, the
+    router reads something else, the norm's weight is used in an unknown way, or the trial changes the output.
+    """
+    site = model.facts.layers[weights.index].site
+    assert site is not None
+    hidden = run.store(stream, weights.index).read(run.batches[0].rows[0], run.batches[0].rows[-1] + 1)
+    call, where = run.calls[0][weights.index], f"layer {weights.index}"
+    with torch.no_grad():
+        with filled_layer(model, weights) as layer, _watched(layer, site) as (made, read):
+            wanted = call_layer(layer, hidden, call)
+            fold = _fold_of(layer, site, made, read, where)
+        generator = torch.Generator().manual_seed(0)
+        trial = 2.0 ** torch.randint(-1, 2, (site.hidden,), generator=generator)
+        with filled_layer(model, scaled_inputs(weights, fold, trial)) as layer:
+            found = call_layer(layer, hidden, call)
+    if float((found - wanted).abs().max()) > _TOLERANCE * float(wanted.abs().max()):
+        raise _refused(where, f"a scale folded into {fold.norm} changes the layer's output")
+    return fold
+
+
+def _fold_of(
+    layer: nn.Module, site: MoESite, made: Mapping[str, Tensor], read: Mapping[str, Tensor], where: str
+) -> NormFold:
+    feeding = [name for name, out in made.items() if _same(out, read[site.experts])]
+    if not feeding:
+        raise _refused(where, "the experts' input is not the output of a norm")
+    norm = layer.get_submodule(feeding[-1])
+    readers, source = [], made[feeding[-1]]
+    for name, value in read.items():
+        if name == site.experts or not _same(value, source):
+            continue
+        weight = layer.get_submodule(name)._parameters.get("weight")
+        if weight is None or weight.dim() != 2 or weight.shape[1] != site.hidden:
+            raise _refused(where, f"{name} reads the experts' norm in a way of its own")
+        readers.append(f"{name}.weight")
+    if not any(name.startswith(f"{site.router}.") for name in readers):
+        raise _refused(where, "the router does not read what the experts read")
+    return NormFold(f"{feeding[-1]}.weight", _offset(norm, source, where, feeding[-1]), tuple(readers))
+
+
+def _offset(norm: nn.Module, output: Tensor, where: str, name: str) -> float:
+    """0 when doubling the norm's weight doubles its output, 1 when doubling 1 + weight does."""
+    weight, inputs = norm.weight, torch.linspace(-1, 1, output.shape[-1])[None]
+    assert isinstance(weight, Tensor)
+    before = norm(inputs)
+    bias = norm._parameters.get("bias")
+    shift = 0.0 if bias is None else bias
+    for offset in (0.0, 1.0):
+        norm._parameters["weight"] = nn.Parameter(2 * (weight + offset) - offset, requires_grad=False)
+        after = norm(inputs)
+        norm._parameters["weight"] = weight  # type: ignore[assignment]
+        if torch.allclose(after - shift, 2 * (before - shift), rtol=1e-4, atol=1e-6):
+            return offset
+    raise _refused(where, f"{name} uses its weight in an unknown way")
+
+
+@contextmanager
+def _watched(layer: nn.Module, site: MoESite) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Outputs of modules with a weight [H] (norms) and inputs of all modules that have weights of their own."""
+    made: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    handles = []
+
+    def keep_output(name: str) -> Any:
+        return lambda _module, _args, out: made.__setitem__(name, out) if isinstance(out, Tensor) else None
+
+    def keep_input(name: str) -> Any:
+        return lambda _module, args: read.__setitem__(name, args[0]) if args and isinstance(args[0], Tensor) else None
+
+    for name, module in layer.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.shape == (site.hidden,):
+            handles.append(module.register_forward_hook(keep_output(name)))
+        elif isinstance(module, Experts) or any(True for _ in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(keep_input(name)))
+    try:
+        yield made, read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.numel() == other.numel() and torch.equal(one.reshape(-1), other.reshape(-1))
+
+
+def _dense(weights: LayerWeights, name: str) -> Tensor:
+    value = weights.tensors[name]
+    if not isinstance(value, Tensor):
+        raise _too_late(weights.index, name)
+    return _wide(value)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _too_late(layer: int, name: str) -> RecipeError:
+    return RecipeError(message(f"layer {layer} {name}", "is quantized already", then="smooth before quantizing"))
+
+
+def _refused(where: str, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        message(f"{where}: smoothing of the experts' inputs", reason, then="set shared: false, or leave the pass out")
+    )
