@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from moecompress.calib.sources import required_files
+from moecompress.calib.sources import required_files, resolve_text
 from moecompress.errors import MoecompressError, UnsupportedModel, message
 from moecompress.estimate import Estimate, estimate
 from moecompress.passes.base import Pass, Scope
+from moecompress.planned import Plan, Sweep
 from moecompress.portable import portable_problems
 from moecompress.recipe import Recipe
 from moecompress.stream.inventory import Owner, owners
@@ -26,43 +25,6 @@ from moecompress.writing import Format
 
 BATCH_TOKENS = 4096
 PROBE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One pass over all layers. steps: passes decided or applied, by position; barrier: decides at its end."""
-
-    steps: tuple[int, ...]
-    barrier: int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The resolved work. actions: checkpoint tensor -> what happens to it. problems: empty when it can run."""
-
-    recipe: Recipe = field(repr=False)
-    root: Path
-    sweeps: tuple[Sweep, ...]
-    output: Format
-    schemes: Mapping[int, Mapping[str, Scheme]] = field(repr=False)
-    owners: Mapping[str, Owner] = field(repr=False)
-    actions: Mapping[str, str] = field(repr=False)
-    estimate: Estimate
-    problems: tuple[str, ...]
-    warnings: tuple[str, ...]
-    model: StreamModel = field(repr=False)
-
-    def render(self) -> str:
-        """The plan as text for a terminal."""
-        from moecompress.plan_text import render
-
-        return render(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-able data; `tensors` maps every checkpoint tensor to its action."""
-        from moecompress.plan_text import to_json
-
-        return to_json(self)
 
 
 def passes_of(recipe: Recipe) -> tuple[Pass, ...]:
@@ -173,13 +135,30 @@ def _calibration_problems(recipe: Recipe, passes: tuple[Pass, ...], root: Path) 
     texts = [spec for spec in recipe.calibration.values() if spec.source != "tokens"]
     if texts or recipe.evaluate.perplexity or recipe.evaluate.tasks:
         try:
-            load_tokenizer(root, trust_remote_code=recipe.trust_remote_code)
+            tokenizer = load_tokenizer(root, trust_remote_code=recipe.trust_remote_code)
+            problems += _text_problems(recipe, tokenizer)
         except MoecompressError as error:
             problems.append(str(error))
+    problems += task_problems(recipe.evaluate.tasks, "evaluate.tasks")
+    return problems
+
+
+def _text_problems(recipe: Recipe, tokenizer: Any) -> list[str]:
+    """Evaluation texts that are absent or too short: found now, not after the work."""
+    problems, length = [], recipe.evaluate.length
     for ref in recipe.evaluate.perplexity:
         if ":" not in ref and not Path(ref).is_file():
             problems.append(message("evaluate.perplexity", f"no file '{ref}'", "a text file or python-stdlib:heldout"))
-    problems += task_problems(recipe.evaluate.tasks, "evaluate.tasks")
+            continue
+        try:
+            start = resolve_text(ref)[: 100 * length]  # far more than `length` tokens of any language
+        except MoecompressError as error:
+            problems.append(str(error))
+            continue
+        count = len(tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"])
+        if count < length:
+            found = f"'{ref}' has {count} tokens, fewer than one window of {length}"
+            problems.append(message("evaluate.perplexity", found, then="use a longer text or a smaller evaluate.length"))
     return problems
 
 

@@ -24,7 +24,8 @@ from moecompress.layerstore import load_decision, load_tensors, save_decision
 from moecompress.memory import peak_resident, return_freed_memory
 from moecompress.parts import layer_file, write_part
 from moecompress.passes.base import Decision, ModelContext, Scope
-from moecompress.plan import BATCH_TOKENS, PROBE_TOKENS, Sweep, make_plan, passes_of
+from moecompress.plan import BATCH_TOKENS, PROBE_TOKENS, make_plan, passes_of
+from moecompress.planned import Sweep
 from moecompress.progress import NoProgress, Progress
 from moecompress.recipe import Recipe
 from moecompress.rundir import open_run

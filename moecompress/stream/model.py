@@ -96,7 +96,7 @@ class StreamModel:
         if isinstance(self.reader, PortableReader) and assembly.converter is None:
             return {name: self.reader.read_weight(assembly.keys[0])}
         made = assemble(assembly, self.reader.read, self.skeleton)
-        found = {key.removeprefix(facts.name + "."): value for key, value in made.items()}
+        found: dict[str, Weight] = {key.removeprefix(facts.name + "."): value for key, value in made.items()}
         for key, value in found.items():
             if tuple(value.shape) != facts.shapes[key]:
                 text = f"{list(value.shape)} from {list(self.key_map.assemblies[full].keys)[:3]}"

@@ -1,15 +1,56 @@
-"""A plan as text and as JSON."""
+"""The Plan: resolved work as data, with its text and JSON forms. `plan.py` makes it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from moecompress.plan import Plan
+from moecompress.estimate import Estimate
 from moecompress.progress import duration
+from moecompress.recipe import Recipe
+from moecompress.stream.inventory import Owner
+from moecompress.stream.model import StreamModel
+from moecompress.types import Scheme
+from moecompress.writing import Format
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sweep:
+    """One pass over all layers. steps: passes decided or applied, by position; barrier: decides at its end."""
+
+    steps: tuple[int, ...]
+    barrier: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved work. actions: checkpoint tensor -> what happens to it. problems: empty when it can run."""
+
+    recipe: Recipe = field(repr=False)
+    root: Path
+    sweeps: tuple[Sweep, ...]
+    output: Format
+    schemes: Mapping[int, Mapping[str, Scheme]] = field(repr=False)
+    owners: Mapping[str, Owner] = field(repr=False)
+    actions: Mapping[str, str] = field(repr=False)
+    estimate: Estimate
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+    model: StreamModel = field(repr=False)
+
+    def render(self) -> str:
+        """The plan as text for a terminal."""
+        return _render(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-able data; `tensors` maps every checkpoint tensor to its action."""
+        return _to_json(self)
+
+
+def _to_json(plan: Plan) -> dict[str, Any]:
     """Everything the plan knows; `tensors` maps each checkpoint tensor to what happens to it."""
     cost = plan.estimate
     return {
@@ -38,7 +79,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def render(plan: Plan) -> str:
+def _render(plan: Plan) -> str:
     """The plan for a terminal: problems first, then work, sizes, memory, disk, time."""
     cost, facts = plan.estimate, plan.model.facts
     lines = []
