@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moecompress.calib.sources import required_files, resolve_text
 from moecompress.errors import MoecompressError, UnsupportedModel, message
@@ -158,7 +159,7 @@ def _text_problems(recipe: Recipe, tokenizer: Any) -> list[str]:
         count = len(tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"])
         if count < length:
             found = f"'{ref}' has {count} tokens, fewer than one window of {length}"
-            problems.append(message("evaluate.perplexity", found, then="use a longer text or a smaller evaluate.length"))
+            problems.append(message("evaluate.perplexity", found, then="name a longer text or lower evaluate.length"))
     return problems
 
 
