@@ -46,17 +46,21 @@ def estimate(
     owned: Mapping[str, Owner],
     schemes: Mapping[int, Mapping[str, Scheme]],
     output: Format,
+    statistics: Mapping[int, int],
     sweeps: int,
     batch_tokens: int,
     probe_tokens: int,
 ) -> Estimate:
-    """Predict one run. Uses the process's present memory as the base, so transformers should be imported by now."""
+    """Predict one run. statistics: bytes the passes hold at once, by layer.
+
+    Uses the process's present memory as the base, so transformers should be imported by now.
+    """
     tokens = [spec.samples * spec.length for spec in recipe.calibration.values()] + [probe_tokens]
     lengths = [spec.length for spec in recipe.calibration.values()] + [probe_tokens]
     hidden = model.facts.hidden_size
     stores = 4 * 4 * hidden * sum(tokens)  # two streams, two generations, float32
     component, out_bytes = _component_bytes(model, owned, schemes, output)
-    parts = _peak_parts(model, schemes, output, min(batch_tokens, max(tokens)), max(lengths))
+    parts = _peak_parts(model, schemes, output, statistics, min(batch_tokens, max(tokens)), max(lengths))
     weights = sum(out for _, out in component.values())
     codes = [_expert_bits(layer, schemes[layer.index]) for layer in model.facts.moe_layers]
     expert_weights = sum(count for count, _ in codes)
@@ -157,13 +161,18 @@ def _peak_parts(
     model: StreamModel,
     schemes: Mapping[int, Mapping[str, Scheme]],
     output: Format,
+    statistics: Mapping[int, int],
     batch_tokens: int,
     length: int,
 ) -> dict[str, int]:
     """Resident bytes by cause: at the heaviest layer, or at the two vocabulary matrices if those are heavier."""
     item = model.facts.dtype.itemsize
     base = resident_bytes()
-    layers = [_layer_parts(model, layer, schemes[layer.index], output, batch_tokens) for layer in model.facts.layers]
+    layers = [
+        _layer_parts(model, layer, schemes[layer.index], output, batch_tokens)
+        | {"statistics of a layer": statistics[layer.index]}
+        for layer in model.facts.layers
+    ]
     heaviest = max(layers, key=lambda parts: sum(parts.values()))
     matrices = 1 if model.tied else 2
     vocabulary = {

@@ -63,7 +63,17 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     problems += _calibration_problems(recipe, passes, root)
     problems += _output_problems(recipe)
     owned = owners(model)
-    cost = estimate(recipe, model, owned, schemes, output, len(cut_sweeps(passes)), BATCH_TOKENS, PROBE_TOKENS)
+
+    def cost_of(steps: tuple[Pass, ...]) -> Estimate:
+        sound = [step for step in steps if not step.check(model.facts)]
+        held = {layer.index: max((s.statistics_bytes(layer) for s in sound), default=0) for layer in model.facts.layers}
+        sweeps = len(cut_sweeps(steps))
+        return estimate(recipe, model, owned, schemes, output, held, sweeps, BATCH_TOKENS, PROBE_TOKENS)
+
+    cost = cost_of(passes)
+    if memory is not None and cost.peak_bytes > memory:
+        passes = tuple(step.lighter(model.facts, cost.peak_bytes - memory) for step in passes)
+        cost = cost_of(passes)
     problems += _resource_problems(recipe, cost, memory)
     problems += memory_problems(recipe.evaluate.tasks, "evaluate.tasks", cost.output_bytes)
     if not recipe.calibration:
@@ -71,6 +81,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     return Plan(
         recipe,
         root,
+        passes,
         cut_sweeps(passes),
         output,
         schemes,

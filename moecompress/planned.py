@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompress.estimate import Estimate
+from moecompress.passes.base import Pass
 from moecompress.progress import duration
 from moecompress.recipe import Recipe
 from moecompress.stream.inventory import Owner
@@ -31,6 +32,7 @@ class Plan:
 
     recipe: Recipe = field(repr=False)
     root: Path
+    passes: tuple[Pass, ...] = field(repr=False)  # the recipe's, fitted to the memory limit
     sweeps: tuple[Sweep, ...]
     output: Format
     schemes: Mapping[int, Mapping[str, Scheme]] = field(repr=False)

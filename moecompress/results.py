@@ -127,12 +127,18 @@ def _passes(job: Job, parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def _coverage_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line per layer with experts that no calibration token reached."""
+    """Lines per layer: experts that no calibration token reached, and experts that were given a fallback."""
     lines = []
     for row in rows:
         unseen = [expert["id"] for expert in row["experts"] if expert["tokens"] == 0]
         if unseen:
             lines.append(f"layer {row['layer']}: no calibration token reached experts {unseen}")
+        fallbacks: dict[str, list[int]] = {}
+        for expert in row["experts"]:
+            if expert.get("fallback"):
+                fallbacks.setdefault(expert["fallback"], []).append(expert["id"])
+        for name, experts in sorted(fallbacks.items()):
+            lines.append(f"layer {row['layer']}: too few calibration tokens, fallback {name} for experts {experts}")
     return lines
 
 

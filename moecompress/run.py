@@ -24,7 +24,7 @@ from moecompress.layerstore import load_decision, load_tensors, save_decision
 from moecompress.memory import peak_resident, return_freed_memory
 from moecompress.parts import layer_file, write_part
 from moecompress.passes.base import Decision, ModelContext, Scope
-from moecompress.plan import BATCH_TOKENS, PROBE_TOKENS, make_plan, passes_of
+from moecompress.plan import BATCH_TOKENS, PROBE_TOKENS, make_plan
 from moecompress.planned import Sweep
 from moecompress.progress import NoProgress, Progress
 from moecompress.recipe import Recipe
@@ -65,7 +65,7 @@ def run(
         cursor = folder.load_cursor() or {"sweep": 0, "layer": 0, "resumed": -1, "seconds": 0.0, "peak": 0}
         cursor["resumed"] += 1
         cursor["before"] = cursor["seconds"]
-        job = Job(plan, passes_of(recipe), folder, {})
+        job = Job(plan, plan.passes, folder, {})
         with full_disk_stops():
             _work(job, cursor, shown, stop, began)
             finish(job, cursor, began, shown)

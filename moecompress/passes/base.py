@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -145,6 +145,10 @@ class Pass(BaseModel):
         """Bytes of the statistics this pass holds at once for one layer."""
         site = layer.site
         return 0 if site is None else sum(item.state_bytes(site) for item in self.needs())
+
+    def lighter(self, facts: ModelFacts, excess: int) -> Self:
+        """The same pass with the same result, holding `excess` bytes less at once if it can; by default itself."""
+        return self
 
     def check(self, facts: ModelFacts) -> list[str]:
         """Every reason why this pass cannot run on this model; empty = it can. Sees no tensors."""

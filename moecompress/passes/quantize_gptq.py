@@ -88,11 +88,23 @@ class QuantizeGPTQ(Quantizer):
         if site is None or "routed_experts" not in self.targets:
             return linears
         end = min(self.expert_group or site.num_experts, site.num_experts)
+        factors = 5 * 8 * max(site.hidden, site.width) ** 2  # one expert's factorisation in float64
         stages = [
             [self._statistic(p, (0, end), pooled=True).state_bytes(site) for p in stage]
             for stage in self._projections()
         ]
-        return max(linears, *(sum(stage) for stage in stages))
+        return max(linears, *(sum(stage) for stage in stages)) + factors
+
+    def lighter(self, facts: ModelFacts, excess: int) -> QuantizeGPTQ:
+        if self.expert_group is not None or not facts.moe_layers or "routed_experts" not in self.targets:
+            return self
+        experts = max(layer.site.num_experts for layer in facts.moe_layers if layer.site is not None)
+        smallest, two, whole = (
+            max(step.statistics_bytes(layer) for layer in facts.moe_layers)
+            for step in (self.model_copy(update={"expert_group": n}) for n in (1, 2, experts))
+        )
+        fitting = 1 + (whole - excess - smallest) // max(1, two - smallest)
+        return self.model_copy(update={"expert_group": min(experts, max(1, fitting))})
 
     def process(self, context: LayerContext) -> tuple[Decision, LayerWeights]:
         """Statistics, rounding and the record of how it went, one step of the layer after the other."""
