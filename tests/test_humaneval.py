@@ -99,8 +99,14 @@ def test_nothing_outlives_its_program(box: Sandbox) -> None:
 def test_no_network_where_the_system_can_take_it_away(box: Sandbox) -> None:
     if box.network:
         pytest.skip("this system does not let a user drop the network")
-    program = "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError as e:\n    code = e.errno\n"
-    program += "import errno\nassert code == errno.ENETUNREACH, code"
+    program = """
+import errno, socket
+try:
+    socket.create_connection(("127.0.0.1", 9), 1)
+except OSError as error:
+    code = error.errno
+assert code == errno.ENETUNREACH
+"""
     assert run_program(box, program).reason == "passed"
 
 

@@ -33,9 +33,7 @@ def test_ticks_cover_the_range_with_few_even_steps(low: float, span: float) -> N
     assert 2 <= len(axis) <= 7
     steps = [b - a for a, b in zip(axis, axis[1:], strict=False)]
     assert max(steps) - min(steps) < slack
-    assert (
-        axis[0] + steps[0] > low - slack and axis[-1] - steps[0] < low + span + slack
-    )  # no empty step at an end
+    assert axis[0] + steps[0] > low - slack and axis[-1] - steps[0] < low + span + slack  # no empty step at an end
 
 
 def test_ticks_of_a_single_value() -> None:
@@ -107,9 +105,7 @@ def test_token_map_is_absent_when_unmeasured_and_quiet_when_all_is_well() -> Non
     assert token_map([layer_of(ExpertInfo(id=0))]) is None
     assert token_map([]) is None
     found = token_map([layer_of(ExpertInfo(id=0, tokens=3))])
-    assert (
-        found is not None and "bad" not in dict(found.legend) and found.note.startswith("No coverage problem")
-    )
+    assert found is not None and "bad" not in dict(found.legend) and found.note.startswith("No coverage problem")
 
 
 def test_layers_of_different_width_share_a_map() -> None:

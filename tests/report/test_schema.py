@@ -13,9 +13,7 @@ from moecompress.report.schema import Evaluation, ExpertInfo, ModelInfo, Report
 # The contract, by hand: a nested dict is an object, a list has one sample element, None is a leaf.
 REPORT_KEYS: dict[str, Any] = {
     **dict.fromkeys(("schema", "model", "recipe", "versions", "seeds", "hardware", "backend")),
-    "size": dict.fromkeys(
-        ("source_bytes", "output_bytes", "expert_bits_per_weight", "total_bits_per_weight")
-    ),
+    "size": dict.fromkeys(("source_bytes", "output_bytes", "expert_bits_per_weight", "total_bits_per_weight")),
     "plan": dict.fromkeys(("peak_bytes", "disk_bytes", "seconds")),
     "peak_rss_bytes": None,
     "seconds": None,
@@ -65,9 +63,7 @@ def test_dump_is_what_was_read(make_data: Callable[[int, int], dict[str, Any]]) 
 
 
 def test_unmeasured_is_null_and_nothing_else() -> None:
-    data = Report(model=ModelInfo(name="m", source="directory"), recipe={}).model_dump(
-        mode="json", by_alias=True
-    )
+    data = Report(model=ModelInfo(name="m", source="directory"), recipe={}).model_dump(mode="json", by_alias=True)
     measured = ("backend", "format", "peak_rss_bytes", "seconds", "resumed")
     assert {key: data[key] for key in measured} == dict.fromkeys(measured)
     assert set(data["plan"].values()) == set(data["loadable"].values()) == {None}

@@ -96,9 +96,7 @@ def test_markdown_has_every_section(make_report: Make, make_evaluation: Callable
 
 
 def test_quality_says_how_it_was_measured(make_report: Make) -> None:
-    found = Evaluation(
-        router_agreement=(0.5, None, 1.0), backend="cpu-avx2", limit=200, reference="some/model"
-    )
+    found = Evaluation(router_agreement=(0.5, None, 1.0), backend="cpu-avx2", limit=200, reference="some/model")
     text = render_markdown(make_report(1, 2), found)
     assert "| router agreement | mean over layers | 75.0 % |" in text
     for name, value in (("reference", "some/model"), ("backend", "cpu-avx2"), ("limit", "200")):
@@ -148,9 +146,7 @@ def test_pruned_only_is_not_called_quantized(make_data: Callable[[int, int], Any
 
 
 @pytest.mark.parametrize(("written", "imported"), [("native", True), (None, True), ("portable", False)])
-def test_card_code_runs_as_python(
-    make_data: Callable[[int, int], Any], written: str | None, imported: bool
-) -> None:
+def test_card_code_runs_as_python(make_data: Callable[[int, int], Any], written: str | None, imported: bool) -> None:
     data = {**make_data(1, 2), "format": written}
     block = re.search(r"```python\n(.*?)```", model_card(Report.model_validate(data), None), re.S)
     assert block
@@ -159,9 +155,7 @@ def test_card_code_runs_as_python(
     assert "AutoModelForCausalLM.from_pretrained" in block[1]
 
 
-def test_card_numbers_warnings_and_recipe(
-    make_report: Make, make_evaluation: Callable[[int], Evaluation]
-) -> None:
+def test_card_numbers_warnings_and_recipe(make_report: Make, make_evaluation: Callable[[int], Evaluation]) -> None:
     report = make_report(1, 8)
     with_numbers, without = model_card(report, make_evaluation(1)), model_card(report, None)
     assert "8.432 ± 0.051" in with_numbers and "8.432" not in without
