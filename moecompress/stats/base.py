@@ -67,8 +67,21 @@ class LinearObservation:
     same_as: str | None
 
 
+@dataclass(frozen=True)
+class BlockObservation:
+    """One call of the experts as a whole, training tokens only.
+
+    residual: [T, H], what the norm before the experts reads. routed: [T, H], what the routed experts made together.
+    contributions: float64 [T, E], routing weight times norm of the expert's output, 0 where it was not chosen.
+    """
+
+    residual: Tensor
+    routed: Tensor
+    contributions: Tensor
+
+
 class Statistic(Protocol):
-    """A frozen dataclass that implements `init` and one or both of the observers.
+    """A frozen dataclass that implements `init` and one or more of the observers.
 
     name: key of the result; includes the parameters that change what the numbers mean.
     depends_on: what a pass may not change (`Pass.changes`) without making the statistic stale.
@@ -99,6 +112,11 @@ class Statistic(Protocol):
         """Linear weights (names inside the layer) whose inputs `observe_linear` wants."""
         return ()
 
+    @property
+    def blocks(self) -> bool:
+        """Whether `observe_block` wants calls of the experts as a whole, with the residual stream around them."""
+        return False
+
     def covers(self, other: Statistic) -> bool:
         """Whether who asked for `other` is served by the result of this one; both have the same name."""
         return self == other
@@ -117,6 +135,10 @@ class Statistic(Protocol):
 
     def observe_linear(self, state: State, seen: LinearObservation) -> None:
         """Add one Linear's inputs of a call to `state` in place; nothing by default."""
+        return
+
+    def observe_block(self, state: State, seen: BlockObservation) -> None:
+        """Add one whole call of the experts to `state` in place; nothing by default."""
         return
 
     def state_bytes(self, site: MoESite) -> int:

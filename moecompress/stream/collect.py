@@ -10,7 +10,15 @@ from torch import Tensor
 
 from moecompress.errors import UnsupportedModel, message
 from moecompress.experts import Experts
-from moecompress.stats.base import ExpertObservation, LinearObservation, RoutingObservation, State, Statistic
+from moecompress.stats.base import (
+    BlockObservation,
+    ExpertObservation,
+    LinearObservation,
+    RoutingObservation,
+    State,
+    Statistic,
+)
+from moecompress.stats.experts import norms_of
 from moecompress.stream.hidden import HiddenStore
 from moecompress.types import ExpertWeights, MoESite, TokenBatch
 
@@ -63,6 +71,7 @@ class Collector:
         self.states: dict[str, State] = {item.name: item.init(site) for item in statistics}  # type: ignore[arg-type]
         self.log = RouterLog()
         self.linears = tuple(sorted({name for item in statistics for name in item.linears}))
+        self.blocks = any(item.blocks for item in statistics)
         self.partner, self.record = partner, record
         self._heldout, self._measured = frozenset(heldout), None if measured is None else frozenset(measured)
 
@@ -95,6 +104,7 @@ class BatchWatch:
         self._measure = None if measured is None else _mask([row in measured for row in batch.rows], length)
         self._logits: Tensor | None = None
         self._original: Tensor | None = None
+        self._contributions: Tensor | None = None
         self._fed: dict[tuple[int, int, torch.Size], tuple[str, Tensor]] = {}  # keeps them, so addresses stay theirs
 
     def tap(self, logits: Tensor) -> None:
@@ -106,6 +116,8 @@ class BatchWatch:
         if self._measure is not None and logits is not None and bool(self._measure.any()):
             self._owner.log.logits.append(logits[self._measure].float())
             self._owner.log.ids.append(ids[self._measure].to(torch.int16))
+        if self._owner.blocks:
+            self._contributions = torch.zeros(hidden.shape[0], len(self._experts or ()), dtype=torch.float64)
         if self._owner.record is not None:
             shape = (*self._batch.ids.shape, hidden.shape[-1])
             self._owner.record.write(self._batch.rows[0], hidden.reshape(shape))
@@ -135,7 +147,20 @@ class BatchWatch:
     def on_expert(
         self, expert: int, rows: Tensor, weights: Tensor, inputs: Tensor, intermediate: Tensor, outputs: Tensor
     ) -> None:
+        if self._contributions is not None:
+            self._contributions[rows, expert] = weights.double() * norms_of(outputs)
         self._observe(expert, rows, weights, inputs, intermediate, outputs, everywhere=False)
+
+    def on_block(self, residual: Tensor, routed: Tensor) -> None:
+        """The residual stream [T, H] around the experts and what they made together, after their last expert."""
+        assert self._contributions is not None
+        if not bool(self._train.any()):
+            return
+        keep = slice(None) if bool(self._train.all()) else self._train
+        observation = BlockObservation(residual[keep], routed[keep], self._contributions[keep])
+        for item in self._owner.statistics:
+            if item.blocks:
+                item.observe_block(self._owner.states[item.name], observation)
 
     def _observe(
         self,

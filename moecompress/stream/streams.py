@@ -7,21 +7,21 @@ two files: layer l reads generation l % 2 and writes the other, so a killed run 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moecompress.stream.collect import Collector
+from moecompress.stream.flow import residual_flow
 from moecompress.stream.hidden import HiddenStore
 from moecompress.stream.layers import call_layer, experts_of, filled_layer, watched
 from moecompress.stream.model import StreamModel
 from moecompress.stream.outer import outer_weights
 from moecompress.stream.prelude import LayerCall, logits, record, share_equal
-from moecompress.types import LayerWeights, Stream, TokenBatch, TokenSet
+from moecompress.types import LayerWeights, MoESite, Stream, TokenBatch, TokenSet
 
 Step = Callable[[int], None]  # called with the number of tokens that went through a layer
 
@@ -99,16 +99,22 @@ def run_layer(
     with torch.no_grad(), filled_layer(model, weights) as layer:
         for batch, calls in zip(run.batches, run.calls, strict=True):
             hidden = source.read(batch.rows[0], batch.rows[-1] + 1)
-            context: Any = nullcontext()
-            if collector is not None:
-                watch = collector.watch(batch, None if site is None else experts_of(layer, site.experts))
-                context = watched(layer, site, watch, watch.tap, collector.linears, watch.on_linear)
-            with context:
+            with nullcontext() if collector is None else _watching(layer, site, collector, batch):
                 out = call_layer(layer, hidden, calls[index])
             if write:
                 target.write(batch.rows[0], out)
             if step is not None:
                 step(batch.ids.numel())
+
+
+@contextmanager
+def _watching(layer: nn.Module, site: MoESite | None, collector: Collector, batch: TokenBatch) -> Iterator[None]:
+    watch = collector.watch(batch, None if site is None else experts_of(layer, site.experts))
+    with ExitStack() as stack:
+        stack.enter_context(watched(layer, site, watch, watch.tap, collector.linears, watch.on_linear))
+        if site is not None and collector.blocks:
+            stack.enter_context(residual_flow(layer, site, watch.on_block))
+        yield
 
 
 def final_logits(
