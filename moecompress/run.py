@@ -28,7 +28,7 @@ from moecompress.plan import BATCH_TOKENS, PROBE_TOKENS, make_plan
 from moecompress.planned import Sweep
 from moecompress.progress import NoProgress, Progress
 from moecompress.recipe import Recipe
-from moecompress.rundir import open_run
+from moecompress.rundir import already_published, open_run
 from moecompress.stream.streams import start_run
 from moecompress.stream.train import TrainContext
 from moecompress.sweep import process_layer, weights_before
@@ -52,6 +52,8 @@ def run(
     shown = progress or NoProgress()
     return_freed_memory()
     began = time.perf_counter()
+    if resume and already_published(recipe.out):
+        return recipe.out
     plan = make_plan(recipe, memory)
     if plan.problems:
         raise RecipeError("\n".join(plan.problems))
@@ -68,8 +70,26 @@ def run(
         job = Job(plan, plan.passes, folder, {})
         with full_disk_stops():
             _work(job, cursor, shown, stop, began)
-            finish(job, cursor, began, shown)
+            finish(job, cursor, began, _Stoppable(shown, stop))
     return recipe.out
+
+
+class _Stoppable(NoProgress):
+    """Passes everything on and stops the finish after a step when that was asked for; resuming repeats the finish."""
+
+    def __init__(self, shown: Progress, stop: Callable[[], bool]) -> None:
+        self._shown, self._stop = shown, stop
+
+    def stage(self, title: str, total: int, done: int = 0) -> None:
+        self._shown.stage(title, total, done)
+
+    def note(self, text: str) -> None:
+        self._shown.note(text)
+
+    def step(self, text: str) -> None:
+        self._shown.step(text)
+        if self._stop():
+            raise Stopped(message("finish", f"stopped after: {text}", then="run again with --resume"))
 
 
 @contextmanager

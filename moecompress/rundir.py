@@ -82,7 +82,27 @@ class RunDir:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        for entry in self.path.iterdir():
+            if entry.name not in (STATE, LOCK):
+                _remove(entry)
         shutil.rmtree(self.path)
+
+
+def already_published(out: Path) -> bool:
+    """Whether a run was killed after it had put `out` in place; what it left behind is removed."""
+    run = RunDir(Path(os.path.abspath(out)), {})
+    if not (run.path / STATE).is_file() or run.staging.exists() or not run.out.is_dir():
+        return False
+    with _locked(run):
+        shutil.rmtree(run.path)
+    return True
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
 
 
 @contextmanager
@@ -138,12 +158,8 @@ def _check_continues(run: RunDir, state: Mapping[str, Any], resume: bool) -> Non
 
 def _begin(run: RunDir) -> None:
     for entry in run.path.iterdir():
-        if entry.name == LOCK:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        if entry.name != LOCK:
+            _remove(entry)
     for folder in (run.staging, run.hidden, run.stats, run.decisions):
         folder.mkdir()
     run.save_cursor({})

@@ -16,6 +16,7 @@ from torch import Tensor
 from moecompress.errors import Stopped, message
 
 _DTYPE = torch.float32
+_THEN = "free some space and run again with --resume"
 
 
 class HiddenStore:
@@ -38,7 +39,8 @@ class HiddenStore:
             with open(self.path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, self.nbytes))
         except OSError as error:
-            raise Stopped(message(str(self.path), f"cannot reserve {self.nbytes} bytes: {error}")) from error
+            found = f"cannot reserve {self.nbytes} bytes ({error.strerror})"
+            raise Stopped(message(str(self.path), found, then=_THEN)) from error
 
     def write(self, start: int, values: Tensor) -> None:
         """Rows start : start + len(values). values: float32 [n, T, ...]. Raises Stopped when the disk is full."""
@@ -51,7 +53,8 @@ class HiddenStore:
                 try:
                     done += os.pwrite(file.fileno(), view[done:], offset + done)
                 except OSError as error:
-                    raise Stopped(message(str(self.path), f"cannot be written: {error}")) from error
+                    found = f"cannot be written ({error.strerror})"
+                    raise Stopped(message(str(self.path), found, then=_THEN)) from error
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start : stop, float32 [n, T, ...]."""
