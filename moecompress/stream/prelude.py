@@ -59,12 +59,30 @@ def record(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[Tensor, tupl
 
         return forward
 
-    with torch.no_grad(), replaced_layers(layers, recorder):
+    with torch.no_grad(), replaced_layers(layers, recorder), _silent_head(model):
         model(input_ids=ids, use_cache=False)
     missing = [index for index in range(len(layers)) if index not in calls]
     if missing:
         raise UnsupportedModel(message("model forward", f"layers {missing} were not called"))
     return first[0], tuple(calls[index] for index in range(len(layers)))
+
+
+@contextmanager
+def _silent_head(model: Any) -> Iterator[None]:
+    """Within the context the output matrix is not used: a batch of logits over a large vocabulary takes gigabytes."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    before = head.__dict__.get("forward")
+    try:
+        head.forward = lambda hidden, *_, **__: hidden[..., :1]
+        yield
+    finally:
+        if before is None:
+            head.__dict__.pop("forward", None)
+        else:
+            head.forward = before
 
 
 def share_equal(call: LayerCall, reference: LayerCall) -> LayerCall:
