@@ -1,0 +1,124 @@
+"""Quality of recipes at equal bits on one model: a resumable table of KL, perplexity, CPU time and memory.
+
+    python scripts/bench_quality.py OUT --model DIR --tokens FILE.safetensors --text TEXT [--text TEXT ...] [ROW ...]
+
+Every row is one `moecompress run` in a process of its own, then `moecompress eval` against the model. Finished rows are
+kept in OUT/rows.json, so an interrupted table goes on where it stopped; OUT/table.md is written again after each row.
+Rows: `rtn-4-32` is a method, its bits and its group size (see METHODS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
+    "rtn": [{"quantize.rtn": {"grid": "minmax"}}],
+    "rtnmse": [{"quantize.rtn": {"grid": "mse"}}],
+    "hqq": [{"quantize.hqq": {}}],
+    "gptq": [{"quantize.gptq": {}}],
+    "gptqall": [{"quantize.gptq": {"all_experts": True}}],
+    "gptqaffinity": [{"quantize.gptq": {"weighting": "affinity"}}],
+    "awq": [{"smooth.awq": {}}, {"quantize.rtn": {"grid": "mse"}}],
+    "learned": [{"quantize.learned": {}}],
+}
+DATA_FREE = ("rtn", "rtnmse", "hqq")
+
+
+def recipe(row: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """The recipe of one row, `method-bits-group`."""
+    method, bits, group = row.split("-")
+    passes = json.loads(json.dumps(METHODS[method]))
+    for step in passes:
+        for name, parameters in step.items():
+            if name.startswith("quantize."):
+                parameters |= {"bits": int(bits), "group_size": int(group)}
+    data: dict[str, Any] = {"model": str(arguments.model), "passes": passes, "output": {"dir": str(out), "format": "native"}}
+    if method not in DATA_FREE:
+        source = {"source": "tokens", "files": [str(arguments.tokens)]}
+        data["calibration"] = source | {"samples": arguments.samples, "length": arguments.length, "heldout": 0}
+    return data
+
+
+def measure(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run and evaluate one row; CPU seconds and peak memory are those of the run's process alone."""
+    out = arguments.out / row
+    for path in (out, out.with_name(out.name + ".run")):
+        shutil.rmtree(path, ignore_errors=True)
+    file = arguments.out / f"{row}.yaml"
+    file.write_text(yaml.safe_dump(recipe(row, arguments, out), sort_keys=False), encoding="utf-8")
+    program = [sys.executable, "-P", "-m", "moecompress"]
+    environment = dict(os.environ, OMP_NUM_THREADS=str(arguments.threads))
+    pid = os.spawnve(os.P_NOWAIT, sys.executable, [*program, "run", str(file)], environment)
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise SystemExit(f"{row}: moecompress run failed")
+    command = [*program, "eval", str(out), "--reference", str(arguments.model), "--json"]
+    for text in arguments.text:
+        command += ["--perplexity", str(text)]
+    result = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    report = json.loads((out / "moecompress" / "report.json").read_text(encoding="utf-8"))
+    shutil.rmtree(out)
+    return {
+        "bits": report["size"]["expert_bits_per_weight"],
+        "kl": result["kl"],
+        "perplexity": {name: value["value"] for name, value in result["perplexity"].items()},
+        "router_agreement": result["router_agreement"],
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "pass_seconds": sum(step["seconds"] or 0.0 for step in report["passes"]),
+        "peak_rss_mib": usage.ru_maxrss / 1024,
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown, by bits and then by KL."""
+    lines = [
+        "| method | bits per expert weight | KL | perplexity | router agreement | CPU s | of which passes | RSS MiB |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, row in sorted(rows.items(), key=lambda item: (-item[1]["bits"], item[1]["kl"].get("all", 0.0))):
+        kl, perplexity = (next(reversed(row[key].values())) for key in ("kl", "perplexity"))
+        agreement = sum(row["router_agreement"]) / len(row["router_agreement"])
+        lines.append(
+            f"| {name} | {row['bits']:.3f} | {kl:.4f} | {perplexity:.3f} | {agreement:.3f} "
+            f"| {row['cpu_seconds']:.0f} | {row['pass_seconds']:.0f} | {row['peak_rss_mib']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure the rows that are not in rows.json yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--text", action="append", default=[])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_intermixed_args()
+    unknown = [row for row in arguments.rows if row.split("-")[0] not in METHODS or row.count("-") != 2]
+    if unknown:
+        parser.error(f"rows {unknown}; allowed: METHOD-BITS-GROUP with METHOD in {', '.join(METHODS)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    kept = arguments.out / "rows.json"
+    rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    for row in arguments.rows:
+        if row not in rows:
+            rows[row] = measure(row, arguments)
+            kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            (arguments.out / "table.md").write_text(table(rows), encoding="utf-8")
+    print(table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()
