@@ -48,32 +48,40 @@ def layer_context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finis
         activate=activate,
         block_error=_block_error(job, step, weights.index),
         norm_fold=lambda: find_norm_fold(job.model, weights, job.tokens[PROBE], step.propagate),
-        collect=lambda wanted, current: _collect_again(job, step, weights, current, wanted),
+        collect=_Again(job, step, weights).collect,
         generator=seeded(getattr(step, "seed", 0), step.name, weights.index),
     )
 
 
-def _collect_again(
-    job: Job, step: Pass, before: LayerWeights, current: LayerWeights, wanted: Sequence[Statistic]
-) -> Finished:
-    """Run the layer with `current` weights on the pass's stream for these statistics alone.
+class _Again:
+    """Runs a layer again for a pass that collects by itself; keeps the original stream's expert inputs between runs."""
 
-    Paired statistics first get the expert inputs of the original stream through the layer as it was `before` the pass:
-    whatever exact transform earlier passes folded into its norms holds on both sides.
-    """
-    run = job.tokens[set_of(job, step)]
-    site, partner = job.model.facts.layers[before.index].site, None
-    if site is not None and any(item.paired for item in wanted):
-        shape = (*run.tokens.ids.shape, site.hidden)
-        partner = Partner(HiddenStore(run.folder / f"{run.tokens.name}.partner.f32", shape), before.experts)
-        partner.hidden.create()
-        recorder = Collector(site, (), record=partner.hidden)
-        run_layer(job.model, before, run, "original", collector=recorder, write=False)
-    collector = Collector(site, wanted, run.tokens.heldout, partner=partner)
-    run_layer(job.model, current, run, step.propagate, collector=collector, write=False)
-    if partner is not None:
-        partner.hidden.remove()
-    return collector.finished()
+    def __init__(self, job: Job, step: Pass, before: LayerWeights) -> None:
+        self._job, self._before, self._stream = job, before, step.propagate
+        self._run = job.tokens[set_of(job, step)]
+        self._site = job.model.facts.layers[before.index].site
+        self._recorded: Partner | None = None
+
+    def collect(self, wanted: Sequence[Statistic], current: LayerWeights) -> Finished:
+        """Run the layer with `current` weights on the pass's stream for these statistics alone."""
+        partner = self._partner() if any(item.paired for item in wanted) else None
+        collector = Collector(self._site, wanted, self._run.tokens.heldout, partner=partner)
+        run_layer(self._job.model, current, self._run, self._stream, collector=collector, write=False)
+        return collector.finished()
+
+    def _partner(self) -> Partner:
+        """The expert inputs of the original stream through the layer as it was before the pass: whatever exact
+        transform earlier passes folded into its norms holds on both sides."""
+        assert self._site is not None
+        if self._recorded is None:
+            run = self._run
+            shape = (*run.tokens.ids.shape, self._site.hidden)
+            store = HiddenStore(run.folder / f"{run.tokens.name}.partner.f32", shape)
+            store.create()
+            recorder = Collector(self._site, (), record=store)
+            run_layer(self._job.model, self._before, run, "original", collector=recorder, write=False)
+            self._recorded = Partner(store, self._before.experts)
+        return self._recorded
 
 
 def _block_error(job: Job, step: Pass, index: int) -> RowsToHidden:
