@@ -43,7 +43,7 @@ def clip_steps(
     """
     rows, columns = weight.shape
     groups = scheme.groups(columns)
-    x = inputs.float().reshape(len(inputs), groups, -1).transpose(0, 1)
+    x = inputs.float().reshape(len(inputs), groups, columns // groups).transpose(0, 1)
     moments = x.transpose(1, 2) @ x  # [G, g, g]
     best = torch.zeros(rows, groups, dtype=torch.uint8)
     chunk = max(1, _ROWS // columns)

@@ -108,6 +108,11 @@ class Statistic(Protocol):
         return False
 
     @property
+    def paired_intermediate(self) -> bool:
+        """Whether a paired statistic also needs the original stream's intermediate, which costs an expert's forward."""
+        return self.paired
+
+    @property
     def linears(self) -> tuple[str, ...]:
         """Linear weights (names inside the layer) whose inputs `observe_linear` wants."""
         return ()

@@ -60,6 +60,10 @@ class ExpertHessian(Statistic):
     def depends_on(self) -> frozenset[str]:
         return _UPSTREAM if self.which == "gate_up" and not self.paired else _UPSTREAM | {"experts"}
 
+    @property
+    def paired_intermediate(self) -> bool:
+        return self.paired and self.which == "down"
+
     def init(self, site: MoESite) -> State:
         columns = _columns(site)[self.which]
         first, end = self.experts or (0, site.num_experts)

@@ -35,6 +35,10 @@ class RouterLog:
         return torch.cat(self.logits), torch.cat(self.ids).long()
 
 
+class Recorded(Exception):
+    """Raised inside a layer once all that is wanted of a batch is recorded: the experts need not run."""
+
+
 @dataclass(frozen=True)
 class Partner:
     """The original stream's expert inputs of the same tokens. hidden: [N, T, H]; experts: whose intermediate is meant.
@@ -121,6 +125,8 @@ class BatchWatch:
         if self._owner.record is not None:
             shape = (*self._batch.ids.shape, hidden.shape[-1])
             self._owner.record.write(self._batch.rows[0], hidden.reshape(shape))
+            if not self._owner.statistics:
+                raise Recorded
         if self._owner.partner is not None:
             store = self._owner.partner.hidden
             read = store.read(self._batch.rows[0], self._batch.rows[-1] + 1)
@@ -177,17 +183,21 @@ class BatchWatch:
         if not wanted or not bool(train.any()):
             return
         keep = slice(None) if bool(train.all()) else train
-        theirs = self._theirs(expert, rows[keep]) if any(item.paired for item in wanted) else (None, None)
+        theirs = self._theirs(expert, rows[keep], wanted)
         observation = ExpertObservation(
             expert, self._rows[rows][keep], weights[keep], inputs[keep], intermediate[keep], outputs[keep], *theirs
         )
         for item in wanted:
             item.observe_expert(self._owner.states[item.name], observation)
 
-    def _theirs(self, expert: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and intermediate of the same tokens in the original stream, through the same expert."""
+    def _theirs(self, expert: int, rows: Tensor, wanted: Sequence[Statistic]) -> tuple[Tensor | None, Tensor | None]:
+        """Inputs and intermediate of the same tokens in the original stream, through the same expert; None unasked."""
+        if not any(item.paired for item in wanted):
+            return None, None
         assert self._original is not None and self._experts is not None and self._owner.partner is not None
         inputs = self._original[rows]
+        if not any(item.paired_intermediate for item in wanted):
+            return inputs, None
         return inputs, self._experts.run_expert(self._owner.partner.experts[expert], inputs)[0]
 
     def on_linear(self, name: str, inputs: Tensor) -> None:

@@ -7,14 +7,14 @@ two files: layer l reads generation l % 2 and writes the other, so a killed run 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from moecompress.stream.collect import Collector
+from moecompress.stream.collect import Collector, Recorded
 from moecompress.stream.flow import residual_flow
 from moecompress.stream.hidden import HiddenStore
 from moecompress.stream.layers import call_layer, experts_of, filled_layer, watched
@@ -90,7 +90,10 @@ def run_layer(
     write: bool = True,
     step: Step | None = None,
 ) -> None:
-    """Send one stream through one layer. write: keep the results as the next layer's input."""
+    """Send one stream through one layer. write: keep the results as the next layer's input.
+
+    A collector that only records what enters the experts stops each batch there, and nothing is written.
+    """
     index = weights.index
     site = model.facts.layers[index].site
     source, target = run.store(stream, index), run.store(stream, index + 1)
@@ -99,10 +102,10 @@ def run_layer(
     with torch.no_grad(), filled_layer(model, weights) as layer:
         for batch, calls in zip(run.batches, run.calls, strict=True):
             hidden = source.read(batch.rows[0], batch.rows[-1] + 1)
-            with nullcontext() if collector is None else _watching(layer, site, collector, batch):
+            with suppress(Recorded), nullcontext() if collector is None else _watching(layer, site, collector, batch):
                 out = call_layer(layer, hidden, calls[index])
-            if write:
-                target.write(batch.rows[0], out)
+                if write:
+                    target.write(batch.rows[0], out)
             if step is not None:
                 step(batch.ids.numel())
 

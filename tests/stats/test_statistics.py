@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moecompress.stats.base import ExpertObservation, RoutingObservation, State, Statistic, merge
+from moecompress.stats.base import ExpertObservation, LinearObservation, RoutingObservation, State, Statistic, merge
+from moecompress.stats.linears import LinearHessian
 from moecompress.stats.moments import ExpertHessian, InputMoments
 from moecompress.stats.routing import RoutingCounts, TokenSample, row_hash
 from moecompress.types import MoESite
@@ -27,6 +28,8 @@ STATISTICS: list[Statistic] = [
     ExpertHessian("down"),
     ExpertHessian("gate_up", "affinity"),
     ExpertHessian("down", "affinity", 2),
+    ExpertHessian("gate_up", paired=True),
+    ExpertHessian("down", "affinity", paired=True, pooled=False),
     InputMoments(),
 ]
 IDS = [f"{s.name}{getattr(s, 'n', '')}" for s in STATISTICS]
@@ -41,6 +44,8 @@ class Data:
     weights: Tensor
     rows: Tensor
     middle: Tensor  # [T, E, W]: what each expert would make of each token
+    other_hidden: Tensor  # the same two in the original stream
+    other_middle: Tensor
 
     def take(self, index: Tensor) -> Data:
         return Data(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
@@ -54,6 +59,8 @@ def _data(seed: int = 0) -> Data:
         torch.multinomial(chance, K, generator=generator),
         torch.rand(T, K, generator=generator),
         torch.randperm(1000, generator=generator)[:T],
+        torch.randn(T, E, W, generator=generator),
+        torch.randn(T, H, generator=generator),
         torch.randn(T, E, W, generator=generator),
     )
 
@@ -70,6 +77,8 @@ def _observe(statistic: Statistic, state: State, data: Data) -> None:
                 data.hidden[at],
                 data.middle[at, expert],
                 torch.zeros(at.numel(), H),
+                data.other_hidden[at],
+                data.other_middle[at, expert],
             )
             statistic.observe_expert(state, seen)
 
@@ -119,6 +128,7 @@ def test_relabelling_experts_relabels_the_result(statistic: Statistic) -> None:
     new_id = torch.tensor([2, 0, 4, 1, 3, E])  # old label -> new label; the sentinel stays
     old = new_id[:E].argsort()
     relabelled = dataclasses.replace(data, ids=new_id[data.ids], middle=data.middle[:, old])
+    relabelled = dataclasses.replace(relabelled, other_middle=data.other_middle[:, old])
     plain, moved = _collect(statistic, data), _collect(statistic, relabelled)
     for key, value in plain.items():
         if key == "ids":
@@ -256,3 +266,59 @@ def test_low_precision_inputs_are_summed_in_wider_types() -> None:
 def test_an_empty_sample_size_is_refused() -> None:
     with pytest.raises(ValueError, match="n: 0; allowed: at least 1"):
         TokenSample(0)
+
+
+@pytest.mark.parametrize("weighting", ["none", "affinity"])
+@pytest.mark.parametrize("which", ["gate_up", "down"])
+def test_a_group_of_experts_is_a_part_of_all(which: str, weighting: str) -> None:
+    """Bit for bit: who collects in groups to save memory gets the same matrices, and the same pool of all experts."""
+    data = _data(3)
+    whole = _collect(ExpertHessian(which, weighting, paired=True), data)  # type: ignore[arg-type]
+    for span in ((0, 2), (2, 5)):
+        for pooled in (True, False):
+            part = _collect(
+                ExpertHessian(which, weighting, experts=span, paired=True, pooled=pooled),  # type: ignore[arg-type]
+                data,
+            )
+            assert all(torch.equal(part[key], whole[key][slice(*span)]) for key in ("hessian", "delta"))
+            shared = set(part) - {"hessian", "delta"}
+            assert all(torch.equal(part[key], whole[key]) for key in shared)
+            assert pooled == ("pooled" in shared)
+    torch.testing.assert_close(whole["pooled"], whole["hessian"].sum(0))
+    torch.testing.assert_close(whole["pooled_delta"], whole["delta"].sum(0))
+
+
+@pytest.mark.parametrize("which", ["gate_up", "down"])
+def test_pairs_against_a_double_loop(which: str) -> None:
+    data = _data(4)
+    state = _collect(ExpertHessian(which, "affinity", 2, paired=True), data)  # type: ignore[arg-type]
+    for expert in range(E):
+        wanted = torch.zeros_like(state["delta"][expert], dtype=torch.float64)
+        for token in range(T):
+            for slot in range(K):
+                if int(data.ids[token, slot]) == expert:
+                    x = data.hidden[token] if which == "gate_up" else data.middle[token, expert]
+                    y = data.other_hidden[token] if which == "gate_up" else data.other_middle[token, expert]
+                    wanted += float(data.weights[token, slot]) ** 2 * torch.outer(y - x, x).double()
+        torch.testing.assert_close(state["delta"][expert].double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_state_bytes_are_what_a_state_takes() -> None:
+    for statistic in (RoutingCounts(), ExpertHessian("gate_up", paired=True), ExpertHessian("down", experts=(1, 3))):
+        assert statistic.state_bytes(SITE) == sum(value.nbytes for value in statistic.init(SITE).values())
+    full = _collect(TokenSample(7), _data())
+    assert TokenSample(7).state_bytes(SITE) == sum(value.nbytes for value in full.values())
+
+
+def test_linears_with_the_same_input_share_one_sum() -> None:
+    statistic = LinearHessian((("q.weight", 3), ("k.weight", 3), ("o.weight", 2)))
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    state = statistic.init(None)
+    for rows in (slice(0, 5), slice(5, 8)):
+        statistic.observe_linear(state, LinearObservation("q.weight", x[rows], None))
+        statistic.observe_linear(state, LinearObservation("k.weight", x[rows], "q.weight"))
+        statistic.observe_linear(state, LinearObservation("o.weight", y[rows], None))
+        statistic.observe_linear(state, LinearObservation("other.weight", y[rows], None))
+    assert state["k.weight"] is state["q.weight"] and sorted(state) == ["k.weight", "o.weight", "q.weight"]
+    torch.testing.assert_close(state["q.weight"], x.t() @ x)
+    torch.testing.assert_close(state["o.weight"], y.t() @ y)
