@@ -27,7 +27,7 @@ def set_of(job: Job, step: Pass) -> str:
 
 def layer_context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finished: Finished) -> LayerContext:
     """The context of one layer: `layer` is its module, filled with `weights`."""
-    facts = job.model.facts.layers[weights.index]
+    facts = job.model.facts_of(weights)
 
     def forward(candidate: ExpertWeights, inputs: Tensor) -> Tensor:
         assert facts.site is not None
@@ -39,7 +39,7 @@ def layer_context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finis
 
     dtype = job.model.facts.dtype
     return LayerContext(
-        facts=job.model.facts,
+        facts=job.model.model_facts_of(weights),
         layer=facts,
         weights=weights,
         statistics=finished,

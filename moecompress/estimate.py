@@ -7,7 +7,7 @@ the measured peak.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from moecompress.numerics.packing import row_bytes
 from moecompress.recipe import Recipe
 from moecompress.stream.inventory import Owner
 from moecompress.stream.model import StreamModel
-from moecompress.types import LayerFacts, Scheme
+from moecompress.types import LayerFacts, ModelFacts, Scheme
 from moecompress.writing import Format
 
 _WRITE_RATE = 400e6  # bytes per second, a modest disk
@@ -50,8 +50,11 @@ def estimate(
     sweeps: int,
     batch_tokens: int,
     probe_tokens: int,
+    facts: ModelFacts | None = None,
+    dropped: Collection[str] = (),
 ) -> Estimate:
-    """Predict one run. statistics: bytes the passes hold at once, by layer.
+    """Predict one run. statistics: bytes the passes hold at once, by layer. facts: of the output, where experts are
+    removed; dropped: checkpoint tensors outside the layers that are left out.
 
     Uses the process's present memory as the base, so transformers should be imported by now.
     """
@@ -59,11 +62,12 @@ def estimate(
     lengths = [spec.length for spec in recipe.calibration.values()] + [probe_tokens]
     hidden = model.facts.hidden_size
     stores = 4 * 4 * hidden * sum(tokens)  # two streams, two generations, float32
-    component, out_bytes = _component_bytes(model, owned, schemes, output)
+    facts = facts or model.facts
+    component, out_bytes = _component_bytes(model, owned, schemes, output, facts, dropped)
     parts = _peak_parts(model, schemes, output, statistics, min(batch_tokens, max(tokens)), max(lengths))
     weights = sum(out for _, out in component.values())
-    codes = [_expert_bits(layer, schemes[layer.index]) for layer in model.facts.moe_layers]
-    expert_weights = sum(count for count, _ in codes)
+    codes = [_expert_bits(layer, schemes[layer.index]) for layer in facts.moe_layers]
+    expert_weights = sum(_expert_bits(layer, {})[0] for layer in model.facts.moe_layers)
     total_weights = _count_weights(model)
     return Estimate(
         peak_bytes=sum(parts.values()),
@@ -102,23 +106,46 @@ def _count_weights(model: StreamModel) -> int:
 
 
 def _component_bytes(
-    model: StreamModel, owned: Mapping[str, Owner], schemes: Mapping[int, Mapping[str, Scheme]], output: Format
+    model: StreamModel,
+    owned: Mapping[str, Owner],
+    schemes: Mapping[int, Mapping[str, Scheme]],
+    output: Format,
+    facts: ModelFacts,
+    dropped: Collection[str],
 ) -> tuple[dict[str, tuple[int, int]], int]:
     """role -> (source bytes, output bytes); FP8 counts as bfloat16 in the output."""
-    plain = set(model.reader.names())
+    plain = set(model.reader.names()) - set(dropped)
+    shares = remaining_shares(model, facts)
     found: dict[str, list[int]] = {}
     for key, owner in owned.items():
         info = model.index.tensors[key]
         row = found.setdefault(owner.role, [0, 0])
         row[0] += info.nbytes
         if key in plain:
-            row[1] += info.nbytes // info.dtype.itemsize * model.reader.logical_dtype(key).itemsize
+            after, before = shares.get(key, (1, 1))
+            row[1] += info.nbytes // info.dtype.itemsize * model.reader.logical_dtype(key).itemsize * after // before
     if output != "dense":
         saving = _saved_bytes if output == "native" else _saved_portable
-        for layer in model.facts.layers:
+        for layer in facts.layers:
             for role, saved in saving(model, layer, schemes[layer.index]).items():
                 found[role][1] -= saved
     return {role: (a, b) for role, (a, b) in sorted(found.items())}, sum(row[1] for row in found.values())
+
+
+def remaining_shares(model: StreamModel, facts: ModelFacts) -> dict[str, tuple[int, int]]:
+    """Checkpoint tensor -> (experts after, before), for every tensor that shrinks when experts are removed.
+
+    Tensors of single experts are removed or kept whole; the share is right for all of them together.
+    """
+    shares: dict[str, tuple[int, int]] = {}
+    for old, new in zip(model.facts.layers, facts.layers, strict=True):
+        if old.site is None or new.site is None or new.site.num_experts == old.site.num_experts:
+            continue
+        keys = list(model.expert_sources[old.index].checkpoint_keys)
+        for name in old.expert_dims:
+            keys += model.key_map.assemblies[f"{old.name}.{name}"].keys
+        shares.update(dict.fromkeys(keys, (new.site.num_experts, old.site.num_experts)))
+    return shares
 
 
 def _saved_bytes(model: StreamModel, layer: LayerFacts, chosen: Mapping[str, Scheme]) -> dict[str, int]:

@@ -100,7 +100,7 @@ def _quantization_block(job: Job, parts: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def _write_config(job: Job, block: Mapping[str, Any] | None) -> None:
-    config = {key: value for key, value in job.model.raw_config.items() if key != "quantization_config"}
+    config = {key: value for key, value in job.plan.config.items() if key != "quantization_config"}
     if block is not None:
         config["quantization_config"] = block
     atomic_write(job.run.staging / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

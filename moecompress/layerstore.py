@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> Non
         if value is not original.tensors[name]:
             put(f"tensor/{name}", value)
     kept: list[str] = []
-    for index, expert in enumerate(weights.experts):
-        before = vars(original.experts[index]) if index < len(original.experts) else {}
+    for index, (source, expert) in enumerate(zip(weights.source_ids, weights.experts, strict=True)):
+        before = vars(original.experts[source])
         for part, value in vars(expert).items():
             name = f"expert/{index}/{part}"
             if value is not None and value is before.get(part):
@@ -75,7 +75,7 @@ def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> Non
             else:
                 put(name, value)
     save_tensors(path, tensors)
-    data = {"schemes": schemes, "experts": len(weights.experts), "kept": kept}
+    data = {"schemes": schemes, "experts": len(weights.experts), "kept": kept, "sources": weights.sources}
     atomic_write(path.with_suffix(".json"), json.dumps(data, sort_keys=True) + "\n")
 
 
@@ -86,6 +86,7 @@ def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
         return None
     data = json.loads(sidecar.read_text("utf-8"))
     tensors = load_tensors(path)
+    sources = None if data["sources"] is None else tuple(data["sources"])
 
     def get(name: str) -> Weight | None:
         if name in data["schemes"]:
@@ -95,7 +96,8 @@ def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
             )
         if name in data["kept"]:
             _, index, part = name.split("/")
-            return vars(original.experts[int(index)])[part]  # type: ignore[no-any-return]
+            source = int(index) if sources is None else sources[int(index)]
+            return vars(original.experts[source])[part]  # type: ignore[no-any-return]
         return tensors.get(name)
 
     changed = {name: value for name in original.tensors if (value := get(f"tensor/{name}")) is not None}
@@ -103,4 +105,4 @@ def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
         ExpertWeights(*(get(f"expert/{index}/{part}") for part in ExpertWeights.__dataclass_fields__))  # type: ignore[arg-type]
         for index in range(data["experts"])
     )
-    return original.with_tensors(changed).with_experts(experts)
+    return replace(original.with_tensors(changed), experts=experts, sources=sources)

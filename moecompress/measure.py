@@ -80,12 +80,13 @@ def expert_rows(
     comparable: an output expert with the exact transforms of the passes (smoothing scales) taken back, so that it fits
     the source's inputs.
     """
-    same = len(original.experts) == len(weights.experts)
+    remaining = dict(zip(weights.source_ids, range(len(weights.experts)), strict=True))
     tokens = statistics.get("routing_counts", {}).get("tokens")
     rows = []
     for index, before in enumerate(original.experts):
-        after = weights.experts[index] if same else None
-        like = None if after is None else comparable(index, after)
+        number = remaining.get(index)
+        after = None if number is None else weights.experts[number]
+        like = None if number is None or after is None else comparable(number, after)
         rows.append(
             {
                 "id": index,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moecompress.checkpoint.native_config import NativeConfig
-from moecompress.checkpoint.writer import write_shard
+from moecompress.checkpoint.writer import Entry, write_shard
 from moecompress.job import Job
 from moecompress.rundir import RunDir
-from moecompress.writing import Written, outer_output, split_entries
+from moecompress.writing import Written, outer_output
 
 
 def layer_file(folder: RunDir, sweep: int, index: int) -> Path:
@@ -37,4 +38,18 @@ def write_part(job: Job, stem: str, written: Written) -> dict[str, Any]:
 def outer_part(job: Job) -> dict[str, Any]:
     """Write everything outside the decoder layers."""
     owned = job.plan.owners
-    return write_part(job, "outer", outer_output(job.model, lambda key: owned[key].layer is not None))
+    written = outer_output(job.model, lambda key: owned[key].layer is not None, job.plan.dropped)
+    return write_part(job, "outer", written)
+
+
+def split_entries(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """Entries in order, in groups of at most `limit` bytes (a larger tensor is alone)."""
+    groups: list[list[Entry]] = []
+    size = 0
+    for entry in entries:
+        if not groups or size + entry.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.nbytes
+    return groups

@@ -6,22 +6,23 @@ No tensor is read. All problems are collected, so that one look at the plan is e
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from moecompress.calib.sources import required_files, resolve_text
 from moecompress.errors import MoecompressError, UnsupportedModel, message
-from moecompress.estimate import Estimate, estimate
+from moecompress.estimate import Estimate, estimate, remaining_shares
 from moecompress.passes.base import Pass, Scope
 from moecompress.planned import Plan, Sweep
 from moecompress.portable import portable_problems
 from moecompress.recipe import Recipe
+from moecompress.reshaped import reshape
 from moecompress.stream.inventory import Owner, owners
 from moecompress.stream.locate import locate_model
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.tasknames import memory_problems, task_problems
-from moecompress.types import PROJECTIONS, Scheme
+from moecompress.types import PROJECTIONS, ModelFacts, Scheme
 from moecompress.writing import Format
 
 BATCH_TOKENS = 4096
@@ -55,20 +56,22 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
         found = "is already compressed by moecompress"
         raise UnsupportedModel(message(f"model '{recipe.model}'", found, then="start from the original checkpoint"))
     passes = passes_of(recipe)
-    problems = _pass_problems(recipe, passes, model)
-    warnings: list[str] = []
-    sound = tuple(step for step in passes if not step.check(model.facts))  # the others' sizes cannot be told
-    schemes = {layer.index: _schemes(sound, model, layer.index) for layer in model.facts.layers}
+    reshaped = reshape(model, passes)
+    model, stages = reshaped.model, reshaped.stages
+    problems = _pass_problems(recipe, passes, stages) + list(reshaped.problems)
+    warnings = list(reshaped.warnings)
+    schemes = {layer.index: _schemes(passes, stages, layer.index) for layer in model.facts.layers}
     output = _format(recipe, model, schemes, problems)
     problems += _calibration_problems(recipe, passes, root)
     problems += _output_problems(recipe)
     owned = owners(model)
 
     def cost_of(steps: tuple[Pass, ...]) -> Estimate:
-        sound = [step for step in steps if not step.check(model.facts)]
+        sound = [step for step, facts in zip(steps, stages, strict=False) if not step.check(facts)]
         held = {layer.index: max((s.statistics_bytes(layer) for s in sound), default=0) for layer in model.facts.layers}
         sweeps = len(cut_sweeps(steps))
-        return estimate(recipe, model, owned, schemes, output, held, sweeps, BATCH_TOKENS, PROBE_TOKENS)
+        sizes = (sweeps, BATCH_TOKENS, PROBE_TOKENS, stages[-1], reshaped.dropped)
+        return estimate(recipe, model, owned, schemes, output, held, *sizes)
 
     cost = cost_of(passes)
     if memory is not None and cost.peak_bytes > memory:
@@ -86,18 +89,21 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
         output,
         schemes,
         owned,
-        _actions(model, owned, schemes, output),
+        _actions(model, owned, schemes, output, remaining_shares(model, stages[-1]), reshaped.dropped),
         cost,
         tuple(problems),
         tuple(warnings),
         model,
+        stages,
+        reshaped.config,
+        reshaped.dropped,
     )
 
 
-def _pass_problems(recipe: Recipe, passes: tuple[Pass, ...], model: StreamModel) -> list[str]:
+def _pass_problems(recipe: Recipe, passes: tuple[Pass, ...], stages: tuple[ModelFacts, ...]) -> list[str]:
     problems = []
-    for spec, step in zip(recipe.passes, passes, strict=True):
-        problems += [f"{spec.where}: {spec.name}: {problem}" for problem in step.check(model.facts)]
+    for spec, step, facts in zip(recipe.passes, passes, stages, strict=False):
+        problems += [f"{spec.where}: {spec.name}: {problem}" for problem in step.check(facts)]
         if step.needs_data and not recipe.calibration:
             names = ", ".join(item.name for item in step.needs()) or "inputs of every matrix"
             problems.append(
@@ -110,10 +116,12 @@ def _pass_problems(recipe: Recipe, passes: tuple[Pass, ...], model: StreamModel)
     return problems
 
 
-def _schemes(passes: tuple[Pass, ...], model: StreamModel, index: int) -> dict[str, Scheme]:
+def _schemes(passes: tuple[Pass, ...], stages: tuple[ModelFacts, ...], index: int) -> dict[str, Scheme]:
     chosen: dict[str, Scheme] = {}
-    for step in passes:
-        for name, scheme in step.schemes(model.facts.layers[index]).items():
+    for step, facts in zip(passes, stages, strict=False):
+        if step.check(facts):
+            continue  # its sizes cannot be told
+        for name, scheme in step.schemes(facts.layers[index]).items():
             chosen.setdefault(name, scheme)  # the first quantizer of a matrix owns it
     return chosen
 
@@ -212,7 +220,12 @@ def _resource_problems(recipe: Recipe, cost: Estimate, memory: int | None) -> li
 
 
 def _actions(
-    model: StreamModel, owned: Mapping[str, Owner], schemes: Mapping[int, Mapping[str, Scheme]], output: Format
+    model: StreamModel,
+    owned: Mapping[str, Owner],
+    schemes: Mapping[int, Mapping[str, Scheme]],
+    output: Format,
+    shares: Mapping[str, tuple[int, int]],
+    dropped: Collection[str],
 ) -> dict[str, str]:
     """What happens to every checkpoint tensor, in words that the plan prints."""
     bits: dict[str, str] = {}
@@ -230,10 +243,15 @@ def _actions(
     plain = set(model.reader.names())
     actions = {}
     for key in owned:
-        if key not in plain:
+        fewer = f"keep {shares[key][0]} of {shares[key][1]} experts" if key in shares else None
+        if key in dropped:
+            actions[key] = "drop"
+        elif key not in plain:
             actions[key] = "consume (FP8 scale)"
         elif key in bits:
-            actions[key] = bits[key]
+            actions[key] = f"{fewer}, {bits[key]}" if fewer else bits[key]
+        elif fewer:
+            actions[key] = fewer
         else:
             same = model.reader.logical_dtype(key) == model.index.tensors[key].dtype
             actions[key] = "copy" if same else "dequantize to bfloat16"

@@ -14,7 +14,7 @@ from moecompress.progress import duration
 from moecompress.recipe import Recipe
 from moecompress.stream.inventory import Owner
 from moecompress.stream.model import StreamModel
-from moecompress.types import Scheme
+from moecompress.types import ModelFacts, Scheme
 from moecompress.writing import Format
 
 
@@ -42,6 +42,9 @@ class Plan:
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
     model: StreamModel = field(repr=False)
+    stages: tuple[ModelFacts, ...] = field(repr=False)  # what every pass sees: fewer experts after a prune.*
+    config: Mapping[str, Any] = field(repr=False)  # config.json of the output, without quantization
+    dropped: frozenset[str] = field(repr=False)  # checkpoint tensors outside the layers that are left out
 
     def render(self) -> str:
         """The plan as text for a terminal."""

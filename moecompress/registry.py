@@ -24,6 +24,13 @@ def table(entries: Iterable[tuple[str, str]]) -> Mapping[str, str]:
 
 PASSES = table(
     [
+        ("prune.ean", "moecompress.passes.prune_ean:PruneEAN"),
+        ("prune.easy_ep", "moecompress.passes.prune_easy_ep:PruneEasyEP"),
+        ("prune.frequency", "moecompress.passes.prune_frequency:PruneFrequency"),
+        ("prune.gate", "moecompress.passes.prune_gate:PruneGate"),
+        ("prune.random", "moecompress.passes.prune_random:PruneRandom"),
+        ("prune.reap", "moecompress.passes.prune_reap:PruneREAP"),
+        ("prune.score", "moecompress.passes.prune_score:PruneScore"),
         ("quantize.gptq", "moecompress.passes.quantize_gptq:QuantizeGPTQ"),
         ("quantize.hqq", "moecompress.passes.quantize_hqq:QuantizeHQQ"),
         ("quantize.rtn", "moecompress.passes.quantize_rtn:QuantizeRTN"),

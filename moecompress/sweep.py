@@ -86,7 +86,7 @@ def _advance_original(job: Job, sweep: Sweep, original: LayerWeights, statistics
 
 
 def _advance_compressed(job: Job, weights: LayerWeights) -> Collector | None:
-    site = job.model.facts.layers[weights.index].site
+    site = job.model.facts_of(weights).site
     report: Collector | None = None
     for name, run in job.tokens.items():
         collector = None
@@ -100,7 +100,7 @@ def _collected(
     job: Job, step: Pass, weights: LayerWeights, statistics: LayerStatistics
 ) -> dict[str, Mapping[str, Tensor]]:
     """The finished statistics a pass needs, running the layer as it is now when something is missing."""
-    site = job.model.facts.layers[weights.index].site
+    site = job.model.facts_of(weights).site
     if site is None:
         return {}
     name, stream = set_of(job, step), step.propagate
@@ -185,7 +185,7 @@ def _row(
     if before is not None and after is not None and job.report_set is not None:
         measured = before.finished()
         kind = scoring(job.model.config.get_text_config().model_type)
-        router.update(router_comparison(before.log.joined(), after.log.joined(), kind))
+        router.update(router_comparison(before.log.joined(), _in_source_ids(after, result), kind))
         tokens = measured["routing_counts"]["tokens"].double()
         router["load_cv"] = float(tokens.std(correction=0) / tokens.mean()) if float(tokens.sum()) else None
         error = stream_error(job.tokens[job.report_set], index + 1)
@@ -210,6 +210,12 @@ def _row(
     }
 
 
+def _in_source_ids(collector: Collector, result: LayerResult) -> tuple[Tensor, Tensor]:
+    """The router log of the result with experts under their numbers in the source, skipped slots too."""
+    logits, ids = collector.log.joined()
+    return logits, torch.tensor([*result.weights.source_ids, len(result.original.experts)])[ids]
+
+
 def _decision(job: Job, position: int, index: int) -> Decision | None:
     return job.decided.get(position) or load_decision(job.run.decisions / job.folder(position), f"{index:05d}")
 
@@ -218,19 +224,25 @@ def _restored(job: Job, index: int, number: int, expert: ExpertWeights) -> Exper
     """An expert of the output in the basis of the source's expert: exact transforms of the passes taken back."""
     for position in reversed(range(len(job.passes))):
         step, decision = job.passes[position], None
-        if step.transforms_experts:
+        if step.transforms_experts or step.removes_experts:
             decision = _decision(job, position, index)
-        if decision is not None:
-            expert = step.restored(job.model.facts.layers[index], decision, number, expert)
+        if decision is not None and step.transforms_experts:
+            expert = step.restored(job.plan.stages[position].layers[index], decision, number, expert)
+        if decision is not None and step.removes_experts:
+            number = decision.data["kept"][number]
     return expert
 
 
 def _notes(job: Job, index: int) -> dict[int, dict[str, Any]]:
-    """What the passes' decisions say about experts of this layer, under their `experts` key."""
+    """What the passes' decisions say about experts of this layer (key `experts`), by number in the source."""
     notes: dict[int, dict[str, Any]] = {}
+    site = job.model.facts.layers[index].site
+    sources = list(range(site.num_experts)) if site is not None else []
     for position in range(len(job.passes)):
         decision = _decision(job, position, index)
-        said = decision.data.get("experts", {}) if decision is not None else {}
-        for expert, note in said.items():
-            notes.setdefault(int(expert), {}).update(note)
+        data = decision.data if decision is not None else {}
+        for expert, note in data.get("experts", {}).items():
+            notes.setdefault(sources[int(expert)], {}).update(note)
+        if "kept" in data:
+            sources = [sources[number] for number in data["kept"]]
     return notes

@@ -113,12 +113,14 @@ class LayerWeights:
     """All weights of one decoder layer: routed experts apart, everything else by its name inside the layer.
 
     tensors: e.g. `self_attn.q_proj.weight`, `mlp.gate.weight`, `input_layernorm.weight`; parameters and persistent
-    buffers. experts: empty for a layer without routed experts.
+    buffers. experts: empty for a layer without routed experts. sources: for every expert its number in the checkpoint;
+    None = all of them, in order.
     """
 
     index: int
     tensors: Mapping[str, Weight]
     experts: Sequence[ExpertWeights] = ()
+    sources: tuple[int, ...] | None = None
 
     def with_tensors(self, changed: Mapping[str, Weight]) -> LayerWeights:
         unknown = sorted(set(changed) - set(self.tensors))
@@ -128,6 +130,11 @@ class LayerWeights:
 
     def with_experts(self, experts: Sequence[ExpertWeights]) -> LayerWeights:
         return replace(self, experts=experts)
+
+    @property
+    def source_ids(self) -> tuple[int, ...]:
+        """For every expert its number in the checkpoint."""
+        return tuple(range(len(self.experts))) if self.sources is None else self.sources
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,8 @@ class MoESite:
     concatenated: bool = True
     transposed: bool = False
     has_bias: bool = False
+    groups: int = 1  # equal runs of experts, of which the router first chooses `top_groups`
+    top_groups: int = 1
 
     @property
     def gate_up_rows(self) -> int:
@@ -158,7 +167,11 @@ Role = Literal[
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One decoder layer: module name, MoE site (or None), and the role and shape of every tensor inside it."""
+    """One decoder layer: module name, MoE site (or None), and the role and shape of every tensor inside it.
+
+    expert_dims: tensors besides the experts that have one entry per routed expert (router rows, correction biases) and
+    the dimension that runs over the experts.
+    """
 
     index: int
     name: str  # e.g. "model.layers.3"
@@ -166,6 +179,7 @@ class LayerFacts:
     roles: Mapping[str, Role]  # tensor name inside the layer -> role; routed expert tensors are not listed
     shapes: Mapping[str, tuple[int, ...]]
     linears: tuple[str, ...]  # names of 2-D `weight`s of nn.Linear modules: what can be quantized besides experts
+    expert_dims: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

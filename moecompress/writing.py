@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -65,7 +65,7 @@ def settle(weights: LayerWeights, original: LayerWeights, output: Format) -> Lay
         before = original.tensors[name]
         tensors[name] = value if value is before else settled(value, _dtype(before))
     if not original.experts:
-        return LayerWeights(weights.index, tensors)
+        return replace(weights, tensors=tensors)
     dtype = _dtype(original.experts[0].gate_up)
     experts = tuple(
         ExpertWeights(
@@ -76,7 +76,7 @@ def settle(weights: LayerWeights, original: LayerWeights, output: Format) -> Lay
         )
         for expert in weights.experts
     )
-    return LayerWeights(weights.index, tensors, experts)
+    return replace(weights, tensors=tensors, experts=experts)
 
 
 def as_loaded(weights: LayerWeights, output: Format) -> LayerWeights:
@@ -170,9 +170,10 @@ def _records(model: StreamModel, prefix: str, weights: LayerWeights, written: Wr
     outputs = [entry.name for entry in entries]
     for name, part in source.projections.items():
         action = "quantize" if isinstance(weights.experts[0].projection(name), QuantizedTensor) else "rewrite"
-        if part.kind == "per_expert" and len(part.keys) == len(weights.experts):
-            for keys, expert in zip(part.keys, weights.experts, strict=True):
-                written.note(keys, action, outputs, expert.projection(name))
+        if part.kind == "per_expert":
+            written.note(part.assembly.keys, "drop", [])
+            for number, expert in zip(weights.source_ids, weights.experts, strict=True):
+                written.note(part.keys[number], action, outputs, expert.projection(name))
         else:
             written.note(part.assembly.keys, action, outputs, weights.experts[0].projection(name))
     for name, assembly in source.biases.items():
@@ -192,13 +193,12 @@ def _portable_experts(model: StreamModel, prefix: str, weights: LayerWeights, wr
     written.entries += entries
     kept = {entry.name for entry in entries}
     for name, part in source.projections.items():
-        for number, keys in enumerate(part.keys):
-            for key in keys:
-                outputs = [f"{key}_packed", f"{key}_scale", f"{key}_shape"]
-                if outputs[0] in kept:
-                    written.note([key], "quantize", outputs, weights.experts[number].projection(name))
-                else:
-                    written.note([key], "drop", [])
+        written.note(part.assembly.keys, "drop", [])
+        for number, (before, expert) in enumerate(zip(weights.source_ids, weights.experts, strict=True)):
+            for key, new in zip(part.keys[before], part.keys[number], strict=True):
+                outputs = [f"{new}_packed", f"{new}_scale", f"{new}_shape"]
+                assert outputs[0] in kept, "the plan has refused experts stored otherwise"
+                written.note([key], "quantize", outputs, expert.projection(name))
     _note_companions(model, source.checkpoint_keys, written)
 
 
@@ -206,12 +206,17 @@ def _dense_experts(model: StreamModel, weights: LayerWeights, written: Written) 
     source = model.expert_sources[weights.index]
     made = dense_tensors(source, weights.experts, lambda weight: weight, model.skeleton)
     written.entries += [_out_entry(tensor) for tensor in made]
-    kept = {tensor.key for tensor in made}
-    for key in source.checkpoint_keys:
-        if key in kept:
-            written.note([key], "rewrite", [key])
+    kept = [tensor.key for tensor in made]
+    written.note(source.checkpoint_keys, "drop", [])
+    for part in source.projections.values():
+        if part.kind == "per_expert":  # renumbered: the name of an expert is its place in the output
+            for number, before in enumerate(weights.source_ids):
+                for key, new in zip(part.keys[before], part.keys[number], strict=True):
+                    written.note([key], "rewrite", [new])
         else:
-            written.note([key], "drop", [])
+            written.note([key for key in part.assembly.keys if key in kept], "rewrite", kept)
+    for assembly in source.biases.values():
+        written.note(assembly.keys, "rewrite", assembly.keys)
     _note_companions(model, source.checkpoint_keys, written)
 
 
@@ -276,24 +281,12 @@ def _note_companions(model: StreamModel, keys: Iterable[str], written: Written) 
             written.note([f"{key}_scale_inv"], "consume", [])
 
 
-def outer_output(model: StreamModel, inside: Callable[[str], bool]) -> Written:
+def outer_output(model: StreamModel, inside: Callable[[str], bool], dropped: Collection[str] = ()) -> Written:
     """Everything outside the decoder layers (embedding, head, vision, multi-token prediction): copied.
 
-    inside: whether a checkpoint tensor belongs to a decoder layer.
+    inside: whether a checkpoint tensor belongs to a decoder layer. dropped: keys that are left out.
     """
     written = Written()
-    _copy(model, [key for key in model.reader.names() if not inside(key)], written)
+    written.note(dropped, "drop", [])
+    _copy(model, [key for key in model.reader.names() if not inside(key) and key not in dropped], written)
     return written
-
-
-def split_entries(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """Entries in order, in groups of at most `limit` bytes (a larger tensor is alone)."""
-    groups: list[list[Entry]] = []
-    size = 0
-    for entry in entries:
-        if not groups or size + entry.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += entry.nbytes
-    return groups

@@ -32,6 +32,7 @@ _SIGMOID = (
 ).split()
 _SCORING: Mapping[str, Scoring] = {**dict.fromkeys(_SIGMOID, "sigmoid"), "gemma4_text": "probabilities"}
 
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "num_experts_per_token", "moe_top_k", "top_k")
 
 
@@ -43,6 +44,34 @@ def scoring(model_type: str) -> Scoring:
 def router_names(model_type: str) -> tuple[str, ...]:
     """Child names of the MoE block that may be its router."""
     return ("gate", "router")
+
+
+def routing_groups(config: Any) -> tuple[int, int]:
+    """(groups of experts, groups chosen per token) from a (text) config; (1, 1) where routing knows no groups."""
+    groups, chosen = getattr(config, "n_group", None), getattr(config, "topk_group", None)
+    if not isinstance(groups, int) or not isinstance(chosen, int) or groups <= 1:
+        return 1, 1
+    if getattr(config, "topk_method", None) == "greedy":  # deepseek_v2: present in the config, not used
+        return 1, 1
+    return groups, chosen
+
+
+def shape_names(config: Any, experts: int, top_k: int) -> dict[str, tuple[str, ...]]:
+    """Config entries that hold the number of experts, of experts per token and of groups, under all their spellings.
+
+    Keys: experts, top_k, groups, top_groups. An entry counts when it has the value that the modules show.
+    """
+    groups, chosen = routing_groups(config)
+    wanted = {
+        "experts": (_COUNTS, experts),
+        "top_k": (_TOP_K, top_k),
+        "groups": (("n_group", "num_expert_group"), groups),
+        "top_groups": (("topk_group",), chosen),
+    }
+    return {
+        key: tuple(name for name in names if getattr(config, name, None) == value)
+        for key, (names, value) in wanted.items()
+    }
 
 
 def top_k(config: Any) -> int | None:

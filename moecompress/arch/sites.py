@@ -7,6 +7,7 @@ looks at attributes, so it needs no transformers import.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -128,6 +129,23 @@ def role_of(name: str, site: MoESite | None, shape: tuple[int, ...]) -> Role:
     if any(key in part for part in parts[:-1] for key in _DENSE):
         return "dense_mlp"
     return "other"
+
+
+def expert_dims(shapes: Mapping[str, tuple[int, ...]], site: MoESite | None) -> dict[str, int]:
+    """Tensor inside the layer -> its dimension that runs over the routed experts.
+
+    Everything of the router, and biases that live beside it on the MoE block, with a dimension of that size.
+    """
+    if site is None:
+        return {}
+    block = site.experts.rpartition(".")[0]
+    found = {}
+    for name, shape in shapes.items():
+        parent, _, leaf = name.rpartition(".")
+        if name.startswith(f"{site.router}.") or (parent == block and "bias" in leaf):
+            if site.num_experts in shape:
+                found[name] = shape.index(site.num_experts)
+    return found
 
 
 def quantizable_linears(layer: nn.Module, site: MoESite | None) -> tuple[str, ...]:

@@ -1,13 +1,85 @@
-"""Change the number of routed experts of one layer's empty modules (a pruned or merged layer)."""
+"""Change the number of routed experts: of a layer's facts and tensors, of a configuration, of empty modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from moecompress.arch.quirks import router_names
+from moecompress.arch.quirks import router_names, shape_names
+from moecompress.types import LayerFacts, LayerWeights, MoESite, QuantizedTensor, Weight
+
+
+def resized_facts(layer: LayerFacts, site: MoESite) -> LayerFacts:
+    """The facts of a MoE layer once its site is `site`: shapes of router tensors follow the number of experts."""
+    shapes = dict(layer.shapes)
+    for name, dim in layer.expert_dims.items():
+        shapes[name] = (*shapes[name][:dim], site.num_experts, *shapes[name][dim + 1 :])
+    return replace(layer, site=site, shapes=shapes)
+
+
+def keep_experts(layer: LayerFacts, weights: LayerWeights, kept: Sequence[int]) -> LayerWeights:
+    """The layer with these of its experts, in this order: experts, router rows and correction biases.
+
+    kept: numbers among the layer's present experts. Everything else stays the same object. Raises ValueError for
+    numbers that are out of range or not ascending, and for a router that has codes.
+    """
+    if list(kept) != sorted(set(kept)) or not kept or not 0 <= kept[0] <= kept[-1] < len(weights.experts):
+        raise ValueError(f"experts to keep: {list(kept)}; allowed: ascending numbers below {len(weights.experts)}")
+    if len(kept) == len(weights.experts):
+        return weights
+    index = torch.tensor(kept)
+    changed: dict[str, Weight] = {}
+    for name, dim in layer.expert_dims.items():
+        value = weights.tensors[name]
+        if isinstance(value, QuantizedTensor):
+            raise ValueError(f"{name} is quantized; routers are not")
+        changed[name] = value.index_select(dim, index)
+    sources = tuple(weights.source_ids[i] for i in kept)
+    experts = tuple(weights.experts[i] for i in kept)
+    return replace(weights.with_tensors(changed), experts=experts, sources=sources)
+
+
+def resized_config(config: Any, before: MoESite, after: MoESite) -> Any:
+    """A copy of a transformers config whose counts are those of `after`; `before`: what it says now.
+
+    Raises ValueError when it has no entry for a count that changes.
+    """
+    made = deepcopy(config)
+    for name, value in _changes(config.get_text_config(), before, after).items():
+        setattr(made.get_text_config(), name, value)
+    return made
+
+
+def resized_entries(raw: Mapping[str, Any], config: Any, before: MoESite, after: MoESite) -> dict[str, Any]:
+    """config.json with the counts of `after`, every spelling of an entry written (`num_experts` and its alias)."""
+    text = config.get_text_config()
+    changes = _changes(text, before, after)
+    nested = (key for key, value in raw.items() if isinstance(value, dict) and getattr(config, key, None) is text)
+    key = next(nested, None)
+    return {**raw, **changes} if key is None else {**raw, key: {**raw[key], **changes}}
+
+
+def _changes(text: Any, before: MoESite, after: MoESite) -> dict[str, int]:
+    names = shape_names(text, before.num_experts, before.top_k)
+    pairs = {
+        "experts": (before.num_experts, after.num_experts),
+        "top_k": (before.top_k, after.top_k),
+        "groups": (before.groups, after.groups),
+        "top_groups": (before.top_groups, after.top_groups),
+    }
+    changes: dict[str, int] = {}
+    for key, (old, new) in pairs.items():
+        if old == new:
+            continue
+        if not names[key]:
+            raise ValueError(f"the config of {text.model_type} has no entry for {key} ({old})")
+        changes.update(dict.fromkeys(names[key], new))
+    return changes
 
 
 def resize_experts(block: nn.Module, experts: nn.Module, model_type: str, before: int, after: int) -> None:

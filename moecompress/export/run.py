@@ -14,9 +14,9 @@ from moecompress.export.convert import Converted, Target, convert_layer, same_va
 from moecompress.export.describe import describe
 from moecompress.export.fit import CONTAINER_BITS, ExportFormat, Fit, activation_losses, common_fit, linear_fit, own_fit
 from moecompress.export.source import Output, open_output
+from moecompress.parts import split_entries
 from moecompress.portable import layout_problems
 from moecompress.progress import NoProgress, Progress
-from moecompress.writing import split_entries
 
 FORMATS: tuple[ExportFormat, ...] = ("portable", "container", "dense", "gptq")
 SHARD_BYTES = 4 << 30

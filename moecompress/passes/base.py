@@ -130,6 +130,7 @@ class Pass(BaseModel):
     propagate: ClassVar[Stream] = "compressed"
     expensive: ClassVar[bool] = False  # a finished layer is stored at a barrier instead of applying again
     transforms_experts: ClassVar[bool] = False  # moves scales or rotations in and out of experts; has `restored`
+    removes_experts: ClassVar[bool] = False  # `kept` in the decision: numbers of the experts that stay; has `reshape`
     needs_block_error: ClassVar[bool] = False  # LAYER passes that learn from the layer's output error
 
     def needs(self) -> tuple[Statistic, ...]:
@@ -153,6 +154,10 @@ class Pass(BaseModel):
     def check(self, facts: ModelFacts) -> list[str]:
         """Every reason why this pass cannot run on this model; empty = it can. Sees no tensors."""
         return []
+
+    def reshape(self, facts: ModelFacts) -> ModelFacts:
+        """The model's facts after this pass: another number of experts, or the same facts."""
+        return facts
 
     def schemes(self, layer: LayerFacts) -> Mapping[str, Scheme]:
         """Storage this pass will give to `gate_up`, `down` and linear names of one layer, as far as known now."""

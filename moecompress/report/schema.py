@@ -110,6 +110,7 @@ class ExpertInfo(_Part):
     weight_error: float | None = None
     action: str = "kept"
     fallback: str | None = None
+    protected: str | None = None  # why it was kept whatever its score
 
     @property
     def removed(self) -> bool:

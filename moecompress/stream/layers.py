@@ -26,7 +26,7 @@ def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Modul
     May be nested: leaving brings back what was there before.
     """
     facts = model.facts.layers[weights.index]
-    layer = model.layers[weights.index]
+    layer = model.module_of(weights)
     empty: dict[str, Tensor] = {}
     before: Sequence[ExpertWeights] = ()
     try:

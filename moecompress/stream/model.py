@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moecompress.arch.quirks import top_k
-from moecompress.arch.sites import find_layers, find_site, quantizable_linears, role_of
+from moecompress.arch.quirks import routing_groups, top_k
+from moecompress.arch.sites import expert_dims, find_layers, find_site, quantizable_linears, role_of
 from moecompress.checkpoint.index import CheckpointIndex, open_index
 from moecompress.checkpoint.native import decode, decode_linear
 from moecompress.checkpoint.native_check import check_records, comes_from_native, is_native_tensor
@@ -21,12 +21,21 @@ from moecompress.checkpoint.portable import PortableConfig
 from moecompress.checkpoint.portable_reader import PortableReader
 from moecompress.checkpoint.reader import TensorReader
 from moecompress.errors import CheckpointError, NotFinite, UnsupportedModel, message
-from moecompress.experts import Experts
 from moecompress.stream.agreement import check_agreement
 from moecompress.stream.expert_source import ExpertReader, ExpertSource, expert_source
 from moecompress.stream.mapping import KeyMap, assemble, build_key_map
-from moecompress.stream.skeleton import build_skeleton, load_config, read_config_json
+from moecompress.stream.skeleton import build_skeleton, load_config, read_config_json, replace_experts
 from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, Weight
+
+
+@dataclass(frozen=True)
+class Resized:
+    """The same model with another number of experts per layer: its facts, config.json and module tree."""
+
+    facts: ModelFacts
+    raw_config: Mapping[str, Any] = field(repr=False)
+    config: Any = field(repr=False)
+    skeleton: Any = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,22 @@ class StreamModel:
     expert_sources: Mapping[int, ExpertSource] = field(repr=False)
     native: NativeConfig | None
     tied: Mapping[str, str]  # module name -> the module tensor whose weights it shares
+    resized: Mapping[int, Resized] = field(default_factory=dict, repr=False)  # by number of experts, see stream.resize
+
+    def module_of(self, weights: LayerWeights) -> nn.Module:
+        """The empty decoder layer for these weights: with as many experts as they have."""
+        other = self.resized.get(len(weights.experts))
+        skeleton = self.skeleton if other is None else other.skeleton
+        return skeleton.get_submodule(self.layers_name)[weights.index]  # type: ignore[no-any-return]
+
+    def facts_of(self, weights: LayerWeights) -> LayerFacts:
+        """The facts of the layer these weights belong to, with as many experts as they have."""
+        return self.model_facts_of(weights).layers[weights.index]
+
+    def model_facts_of(self, weights: LayerWeights) -> ModelFacts:
+        """The model's facts with as many experts per layer as these weights have."""
+        other = self.resized.get(len(weights.experts))
+        return self.facts if other is None else other.facts
 
     @property
     def compressed(self) -> bool:
@@ -184,7 +209,7 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
     check_agreement(root, skeleton, key_map, sources.values(), reader.shape, given)
     for layer in facts.moe_layers:
         if layer.site is not None:
-            _replace_experts(layers[layer.index], layer.site.experts)
+            replace_experts(layers[layer.index], layer.site.experts)
     return StreamModel(root, config, raw, facts, skeleton, layers_name, index, reader, key_map, sources, native, tied)
 
 
@@ -230,10 +255,13 @@ def _facts(
         raise UnsupportedModel(
             message(str(root / "config.json"), "no number of experts per token", "e.g. num_experts_per_tok")
         )
+    groups, chosen = routing_groups(text)
     made = []
     for position, layer in enumerate(layers):
         name = f"{layers_name}.{position}"
         site = find_site(layer, name, text.model_type, per_token)
+        if site is not None:
+            site = replace(site, groups=groups, top_groups=chosen)
         if site is not None and site.num_experts < per_token:
             found = f"{per_token} experts per token"
             raise CheckpointError(
@@ -245,7 +273,8 @@ def _facts(
             if site is None or not key.startswith(site.experts + ".")
         }
         roles = {key: role_of(key, site, shape) for key, shape in shapes.items()}
-        made.append(LayerFacts(position, name, site, roles, shapes, quantizable_linears(layer, site)))
+        linears = quantizable_linears(layer, site)
+        made.append(LayerFacts(position, name, site, roles, shapes, linears, expert_dims(shapes, site)))
     return ModelFacts(
         model_type=config.model_type,
         architecture=type(skeleton).__name__,
@@ -268,13 +297,3 @@ def _main_dtype(index: CheckpointIndex) -> torch.dtype:
     if not totals:
         raise CheckpointError(message(str(index.root), "no float tensor in the checkpoint"))
     return max(totals, key=lambda dtype: totals[dtype])
-
-
-def _replace_experts(layer: nn.Module, name: str) -> None:
-    parent, _, leaf = name.rpartition(".")
-    owner = layer.get_submodule(parent) if parent else layer
-    original = getattr(owner, leaf)
-    made = Experts.replacing(original)
-    for key, value in original.named_parameters(recurse=False):
-        made.register_parameter(key, value)  # on the meta device: transformers' conversions ask for shapes
-    owner.add_module(leaf, made)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moecompress.errors import CheckpointError, UnsupportedModel, message
+from moecompress.experts import Experts
 
 
 def load_config(root: Path, *, trust_remote_code: bool = False) -> Any:
@@ -101,3 +102,14 @@ def _make_computed_buffers(model: Any) -> None:
         module._is_hf_initialized = False
     with torch.no_grad():
         model.initialize_weights()
+
+
+def replace_experts(layer: nn.Module, name: str) -> None:
+    """Put our empty experts module in place of the family's, with its parameters on the meta device."""
+    parent, _, leaf = name.rpartition(".")
+    owner = layer.get_submodule(parent) if parent else layer
+    original = getattr(owner, leaf)
+    made = Experts.replacing(original)
+    for key, value in original.named_parameters(recurse=False):
+        made.register_parameter(key, value)  # on the meta device: transformers' conversions ask for shapes
+    owner.add_module(leaf, made)

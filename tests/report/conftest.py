@@ -36,6 +36,7 @@ def expert(rng: random.Random, index: int) -> dict[str, Any]:
         "weight_error": None if pruned else 0.05,
         "action": "pruned" if pruned else "quantized",
         "fallback": "rtn: 12 tokens < 64" if not pruned and tokens < 60 else None,
+        "protected": None,
     }
 
 

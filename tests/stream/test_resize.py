@@ -1,0 +1,117 @@
+"""A pruned model computes what the original does with the removed experts masked, in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import engine
+import families
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moecompress.arch.surgery import keep_experts
+from moecompress.errors import UnsupportedModel
+from moecompress.passes.prune_random import PruneRandom
+from moecompress.stream.collect import Collector
+from moecompress.stream.model import StreamModel, open_model
+from moecompress.stream.resize import with_resized
+from moecompress.stream.streams import final_logits, run_layer
+from moecompress.types import LayerWeights
+
+KEPT, DROPPED = [0, 1, 3, 4, 6, 7], [2, 5]  # of 8 experts; in two groups of four, three stay in each
+REFUSED = {"deepseek_v4": "look experts up by token id", "inkling_text": "gate.weight"}
+PRUNED = [name for name in engine.STREAMED if name not in REFUSED]
+STEP = PruneRandom(keep=6, protect=())
+IDS = engine.random_ids(3, 16)
+
+
+def masked(model: StreamModel, weights: LayerWeights) -> LayerWeights:
+    """The layer with the removed experts' biases at minus infinity (a logit at minus infinity is not enough there)."""
+    changed: dict[str, Tensor] = {}
+    for name, dim in model.facts.layers[weights.index].expert_dims.items():
+        value = weights.tensors[name]
+        if "bias" in name and isinstance(value, Tensor):
+            changed[name] = value.index_fill(dim, torch.tensor(DROPPED), -torch.inf)
+    return weights.with_tensors(changed)
+
+
+@contextmanager
+def masked_logits(model: StreamModel, weights: LayerWeights) -> Iterator[list[int]]:
+    """Within the context the router's product is minus infinity for the removed experts; counts the products."""
+    names = [name for name in model.facts.layers[weights.index].expert_dims if name.endswith("weight")]
+    found: list[int] = []
+
+    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, real: Any = functional.linear) -> Tensor:
+        out = real(inputs, weight, bias)
+        if any(weight.data_ptr() == weights.tensors[name].data_ptr() for name in names):  # type: ignore[union-attr]
+            found.append(1)
+            out = out.index_fill(-1, torch.tensor(DROPPED), -torch.inf)
+        return out  # type: ignore[no-any-return]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "linear", linear)
+        yield found
+
+
+@pytest.mark.parametrize("model_type", PRUNED)
+def test_pruned_is_masked(model_type: str, tmp_path: Path) -> None:
+    source = open_model(families.save_tiny(model_type, tmp_path / "model", torch.float32))
+    assert STEP.check(source.facts) == []
+    model = with_resized(source, STEP.reshape(source.facts))
+    run = engine.token_run(model, IDS, tmp_path, streams=("original", "compressed"))
+    for index, facts in enumerate(model.facts.layers):
+        whole = masked(model, model.read_layer(index))
+        few = model.read_layer(index)
+        logs = [None if facts.site is None else Collector(facts.site, (), (), range(3)) for _ in range(2)]
+        with masked_logits(model, whole) as products:
+            run_layer(model, whole, run, "original", collector=logs[0])
+        if facts.site is not None:
+            assert products, "the mask was not applied"
+            few = keep_experts(facts, few, KEPT)
+        run_layer(model, few, run, "compressed", collector=logs[1])
+        if logs[0] is not None and logs[1] is not None:
+            chosen, numbers = logs[0].log.joined()[1], torch.tensor(KEPT)[logs[1].log.joined()[1]]
+            assert not set(chosen.flatten().tolist()) & set(DROPPED)
+            assert torch.equal(chosen.sort(-1).values, numbers.sort(-1).values)
+    for (_, wanted), (_, found) in zip(
+        final_logits(model, run, "original"), final_logits(model, run, "compressed"), strict=True
+    ):
+        assert engine.difference(found, wanted) < 1e-5  # softmax over 6 and over 8 numbers round differently
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_families_that_cannot_lose_experts_say_why(model_type: str, tmp_path: Path) -> None:
+    model = open_model(families.save_tiny(model_type, tmp_path))
+    problems = STEP.check(model.facts)
+    if not problems:
+        with pytest.raises(UnsupportedModel, match=REFUSED[model_type]):
+            with_resized(model, STEP.reshape(model.facts))
+    else:
+        assert REFUSED[model_type] in problems[0]
+
+
+def test_only_experts_and_their_router_entries_change(tmp_path: Path) -> None:
+    model = open_model(families.save_tiny("deepseek_v3", tmp_path, torch.float32))
+    facts, before = model.facts.layers[1], model.read_layer(1)
+    after = keep_experts(facts, before, KEPT)
+    assert after.sources == tuple(KEPT) and all(after.experts[i] is before.experts[k] for i, k in enumerate(KEPT))
+    changed = {name for name, value in after.tensors.items() if value is not before.tensors[name]}
+    assert changed == {"mlp.gate.weight", "mlp.gate.e_score_correction_bias"}
+    for name in changed:
+        assert torch.equal(after.tensors[name], before.tensors[name][torch.tensor(KEPT)])  # type: ignore[arg-type,index]
+    site = replace(facts.site, num_experts=6)  # type: ignore[type-var]
+    again = keep_experts(replace(facts, site=site), after, [0, 2, 5])
+    assert again.sources == (0, 3, 7) and keep_experts(facts, before, range(8)) is before
+
+
+@pytest.mark.parametrize("kept", [[], [0, 8], [3, 1], [2, 2], [-1, 3]])
+def test_impossible_choices_are_refused(kept: list[int], tmp_path: Path) -> None:
+    model = open_model(families.save_tiny("qwen3_moe", tmp_path))
+    with pytest.raises(ValueError, match="experts to keep"):
+        keep_experts(model.facts.layers[0], model.read_layer(0), kept)
