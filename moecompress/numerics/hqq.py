@@ -29,8 +29,8 @@ def hqq(
     """Codes for `weight` [out, in] on a grid that starts as `find_grid(weight, scheme, grid)`.
 
     With a zero point the scale stays and the zero point moves: to the mean of u - (W - E) / s, where E is the shrunk
-    error; `zero: int` rounds it each time. Symmetric: the zero point is fixed, so the scale moves, to the least squares
-    answer for W - E (our extension). Binary: nothing can move that the grid does not already place best.
+    error; `zero: int` rounds the ones it compares. Symmetric: the zero point is fixed, so the scale moves, to the least
+    squares answer for W - E (our extension). Binary: nothing can move that the grid does not already place best.
     norm: p; beta: strength of the shrinkage in units of the group's mean |w|, times `growth` at every iteration.
     Every group keeps the iterate with the least sum |W - dequantize(Q)|, the start among them, so the result is never
     worse than the start in that sum. Raises ValueError as `find_grid` does.
@@ -69,14 +69,19 @@ def _solve(
     unit = x.abs().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     s, z = scales.unsqueeze(-1), zeros.unsqueeze(-1)
     best_s, best_z, least = s.clone(), z.clone(), torch.full_like(s, torch.inf)
+    top = (1 << scheme.bits) - 1
     for _ in range(iterations + 1):
-        u = nearest_codes(x, s, z, scheme)
-        missed = x - (u - z) * s
+        stored = z.round().clamp(0, top) if scheme.zero == "int" else z
+        u = nearest_codes(x, s, stored, scheme)
+        missed = x - (u - stored) * s
         cost = missed.abs().sum(-1, keepdim=True)
         better = cost < least
         best_s, best_z, least = (
-            torch.where(better, new, old) for new, old in ((s, best_s), (z, best_z), (cost, least))
+            torch.where(better, new, old) for new, old in ((s, best_s), (stored, best_z), (cost, least))
         )
+        if scheme.zero == "int":  # the search goes on between the integers, where it would get stuck
+            u = nearest_codes(x, s, z, scheme)
+            missed = x - (u - z) * s
         target = x - unit * _shrink(missed / unit, norm, beta)
         s, z = _moved(u, s, z, target, scheme, dtype)
         beta *= growth
@@ -92,7 +97,7 @@ def _shrink(value: Tensor, norm: float, beta: float) -> Tensor:
 def _moved(
     u: Tensor, s: Tensor, z: Tensor, target: Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that fit `target` best with the codes u, as they would be stored."""
+    """Scale and zero point that fit `target` best with the codes u, as they would be stored but for `zero: int`."""
     if scheme.symmetric:
         q = u - z
         size = q.square().sum(-1, keepdim=True)
@@ -100,6 +105,4 @@ def _moved(
         usable = (size > 0) & (moved.abs() > 0) & torch.isfinite(moved.to(dtype).float())
         return torch.where(usable, moved.to(dtype).float(), s), z
     z = (u - target / s).mean(-1, keepdim=True)
-    if scheme.zero == "int":
-        return s, z.round().clamp(0, (1 << scheme.bits) - 1)
-    return s, z.to(dtype).float()
+    return s, z if scheme.zero == "int" else z.to(dtype).float()
