@@ -34,6 +34,7 @@ PASSES = table(
         ("quantize.gptq", "moecompress.passes.quantize_gptq:QuantizeGPTQ"),
         ("quantize.hqq", "moecompress.passes.quantize_hqq:QuantizeHQQ"),
         ("quantize.rtn", "moecompress.passes.quantize_rtn:QuantizeRTN"),
+        ("smooth.awq", "moecompress.passes.smooth_awq:SmoothAWQ"),
     ]
 )
 
