@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def never(bench_a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def test_a_never_routed_expert_is_finite_and_listed(never: Path, tmp_path: Path) -> None:
     """With smoothing before it, too: the scale shared by all experts must reach the one that no token does."""
-    smooth = {"smooth.awq": {"bits": 3, "group_size": 32}}
+    smooth = {"smooth.awq": {"bits": 3, "group_size": 32, "grid": "minmax", "ratios": 4}}
     done = run(tmp_path, never, [smooth, {"quantize.gptq": {"bits": 3, "group_size": 32, "min_tokens": 16}}])
     assert done.code == 0, done.err
     report = engine.read_json(tmp_path / "out" / "moecompress" / "report.json")
@@ -63,12 +62,6 @@ def test_all_experts_need_no_fallback(never: Path, tmp_path: Path) -> None:
     passes = [{"quantize.gptq": {"bits": 3, "group_size": 32, "all_experts": True, "fallback": "error"}}]
     done = run(tmp_path, never, passes)
     assert done.code == 0, done.err
-    decision = (
-        json.loads(next((tmp_path / "out.run").rglob("00000.json")).read_text())
-        if (tmp_path / "out.run").exists()
-        else None
-    )
-    assert decision is None or decision["experts"] == {}
     report = engine.read_json(tmp_path / "out" / "moecompress" / "report.json")
     assert all(layer["experts"][16]["fallback"] is None for layer in report["layers"])
 
