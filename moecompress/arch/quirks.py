@@ -25,6 +25,12 @@ UNSUPPORTED_OPTIONS: Mapping[str, str] = {
     "num_kv_shared_layers": "late layers reuse the keys and values of earlier ones",
 }
 
+#: model types without a norm between the residual stream and the experts: what experts add to it cannot be told
+NO_RESIDUAL: Mapping[str, str] = {
+    "flex_olmo": "experts read the residual stream itself, and their output is normed before it is added",
+    "qwen4_exp_text": "experts read a mixture of several residual streams",
+}
+
 _SIGMOID = (
     "afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 exaone_moe flint glm4_moe glm4_moe_lite "
     "glm4v_moe hy_v3 kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 minimax_m3_vl_text nemotron_h "

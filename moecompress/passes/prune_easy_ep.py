@@ -6,10 +6,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from moecompress.arch.quirks import NO_RESIDUAL
 from moecompress.passes.base import LayerContext
 from moecompress.passes.pruning import Pruning
 from moecompress.stats.base import Statistic
 from moecompress.stats.experts import TokenContributions
+from moecompress.types import ModelFacts
 
 
 class PruneEasyEP(Pruning):
@@ -25,6 +27,15 @@ class PruneEasyEP(Pruning):
 
     def needs(self) -> tuple[Statistic, ...]:
         return (*super().needs(), TokenContributions())
+
+    def check(self, facts: ModelFacts) -> list[str]:
+        problems = super().check(facts)
+        sites = [layer.site for layer in facts.moe_layers if layer.site is not None]
+        if facts.model_type in NO_RESIDUAL:
+            problems.append(f"{NO_RESIDUAL[facts.model_type]}; use prune.reap")
+        elif any(site.hidden != facts.hidden_size for site in sites):
+            problems.append("experts work on a projection of the residual stream; use prune.reap")
+        return problems
 
     def scores(self, context: LayerContext) -> Tensor:
         return context.statistics["token_contributions"]["score"]

@@ -48,7 +48,7 @@ def residual_flow(layer: nn.Module, site: MoESite, tap: BlockTap) -> Iterator[No
 
 def _is_norm(module: nn.Module, site: MoESite) -> bool:
     weight = module._parameters.get("weight")
-    return weight is not None and weight.shape == (site.hidden,)
+    return "norm" in type(module).__name__.lower() or (weight is not None and weight.shape == (site.hidden,))
 
 
 def _is_view(one: Tensor, other: Tensor) -> bool:
