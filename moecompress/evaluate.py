@@ -128,7 +128,10 @@ def _through_layers(
     bases: Mapping[str, TokenRun] | None,
     progress: Progress,
 ) -> list[float | None]:
-    """Run all layers of both models; returns the router agreement of every MoE layer."""
+    """Run all layers of both models; returns the router agreement of every MoE layer.
+
+    None without a reference, and where the models have other numbers of experts: the numbers mean other experts then.
+    """
     progress.stage("evaluate", len(model.layers))
     agreement: list[float | None] = []
     for index in range(len(model.layers)):
@@ -136,11 +139,17 @@ def _through_layers(
         if base is not None and bases is not None:
             wanted = _layer_ids(base, bases, index)
             if ids is not None:
-                agreement.append(None if wanted is None else set_agreement(wanted, ids))
+                alike = wanted is not None and _experts(base, index) == _experts(model, index)
+                agreement.append(set_agreement(wanted, ids) if wanted is not None and alike else None)
         elif ids is not None:
             agreement.append(None)
         progress.step(f"layer {index}")
     return agreement
+
+
+def _experts(model: StreamModel, index: int) -> int | None:
+    site = model.facts.layers[index].site
+    return None if site is None else site.num_experts
 
 
 def _layer_ids(model: StreamModel, runs: Mapping[str, TokenRun], index: int) -> Tensor | None:

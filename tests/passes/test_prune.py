@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from stock import run_stock
 from torch import Tensor
 
+from moecompress.evaluate import evaluate_dir
 from moecompress.layerstore import load_layer, save_layer
 from moecompress.load import load
 from moecompress.passes.prune_ean import PruneEAN
@@ -204,6 +205,15 @@ def test_stock_transformers_loads_and_generates(tmp_path: Path, monkeypatch: pyt
         model = engine.own_model(out)
         with torch.no_grad():
             assert model.generate(IDS[:1, :8], max_new_tokens=3, min_new_tokens=3, pad_token_id=0).shape == (1, 11)
+
+
+def test_evaluation_does_not_compare_numbers_of_other_experts(tmp_path: Path, bench_a: Path) -> None:
+    ids = engine.random_ids(2, 32, vocabulary=1000)
+    out = execute(tmp_path, bench_a, [{"prune.reap": {"keep": 0.75}}], ids)
+    text = tmp_path / "text.txt"
+    text.write_text("Numbers and words, again and again. " * 60)
+    found = evaluate_dir(out, [str(text)], bench_a, length=32, windows=2)
+    assert found["router_agreement"] == [None] * 4 and found["kl"]["text"] > 0
 
 
 def test_every_spelling_of_the_count_is_written(tmp_path: Path) -> None:
