@@ -61,7 +61,10 @@ def estimate(
     tokens = [spec.samples * spec.length for spec in recipe.calibration.values()] + [probe_tokens]
     lengths = [spec.length for spec in recipe.calibration.values()] + [probe_tokens]
     hidden = model.facts.hidden_size
-    stores = 4 * 4 * hidden * sum(tokens)  # two streams, two generations, float32
+    pairs = any(
+        getattr(spec.params, "pairs_streams", False) for spec in recipe.passes
+    )  # the original stream's expert inputs
+    stores = (4 + pairs) * 4 * hidden * sum(tokens)  # two streams, two generations, float32
     facts = facts or model.facts
     component, out_bytes = _component_bytes(model, owned, schemes, output, facts, dropped)
     parts = _peak_parts(model, schemes, output, statistics, min(batch_tokens, max(tokens)), max(lengths))

@@ -142,6 +142,11 @@ class Pass(BaseModel):
         """Whether the pass cannot run without calibration."""
         return bool(self.needs())
 
+    @property
+    def pairs_streams(self) -> bool:
+        """Whether the pass reads the original stream's expert inputs beside the compressed stream's."""
+        return False
+
     def statistics_bytes(self, layer: LayerFacts) -> int:
         """Bytes of the statistics this pass holds at once for one layer."""
         site = layer.site

@@ -70,6 +70,10 @@ class QuantizeGPTQ(Quantizer):
     def needs_data(self) -> bool:
         return True
 
+    @property
+    def pairs_streams(self) -> bool:
+        return self.target_inputs == "original"
+
     def check(self, facts: ModelFacts) -> list[str]:
         problems = super().check(facts)
         grouped = {n for n in input_columns(facts, self.targets).values() if self.group_size not in (-1, n)}
@@ -176,8 +180,7 @@ class QuantizeGPTQ(Quantizer):
         return weights.with_experts(tuple(experts))
 
     def _statistic(self, which: Projection, span: tuple[int, int], *, pooled: bool) -> ExpertHessian:
-        paired = self.target_inputs == "original"
-        return ExpertHessian(which, self.weighting, self.power, span, self.all_experts, paired, pooled)
+        return ExpertHessian(which, self.weighting, self.power, span, self.all_experts, self.pairs_streams, pooled)
 
     def _inputs(self, found: Mapping[str, Tensor], pool: Pool, span: tuple[int, int]) -> Iterator[tuple[int, Inputs]]:
         """(expert, what it received) for the experts of a group; a thin expert's sums topped up for `shrink`."""
