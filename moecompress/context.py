@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ def layer_context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finis
         forward=forward,
         activate=activate,
         block_error=_block_error(job, step, weights.index),
+        allocation=_allocation(job, step, weights.index),
+        quantizer=job.quantizer_after(step),
         norm_fold=lambda: find_norm_fold(job.model, weights, job.tokens[PROBE], step.propagate),
         collect=_Again(job, step, weights).collect,
         generator=seeded(getattr(step, "seed", 0), step.name, weights.index),
@@ -82,6 +84,16 @@ class _Again:
             run_layer(self._job.model, self._before, run, "original", collector=recorder, write=False)
             self._recorded = Partner(store, self._before.experts)
         return self._recorded
+
+
+def _allocation(job: Job, step: Pass, index: int) -> Mapping[str, Sequence[int]] | None:
+    """The widths that the last allocation before `step` gave this layer's experts."""
+    for position in reversed(range(job.position(step))):
+        layers = job.decided[position].data.get("layers", {}) if position in job.decided else {}
+        if "bits" in layers.get(str(index), {}):
+            found: Mapping[str, Sequence[int]] = layers[str(index)]["bits"]
+            return found
+    return None
 
 
 def _block_error(job: Job, step: Pass, index: int) -> RowsToHidden:

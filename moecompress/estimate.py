@@ -28,7 +28,10 @@ _ROUND_RATE = 25e6  # weights per second per thread through an MSE grid search
 
 @dataclass(frozen=True)
 class Estimate:
-    """peak_bytes: resident memory; disk_bytes: output, hidden states and side files; parts: what makes the peak."""
+    """peak_bytes: resident memory; disk_bytes: output, hidden states and side files; parts: what makes the peak.
+
+    fixed_bytes: output files without the routed experts' records; only where an allocation needs it.
+    """
 
     peak_bytes: int
     disk_bytes: int
@@ -38,6 +41,7 @@ class Estimate:
     total_bits_per_weight: float
     component_bytes: Mapping[str, tuple[int, int]]  # role -> (source, output)
     parts: Mapping[str, int]
+    fixed_bytes: int = 0
 
 
 def estimate(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecompress.allocated import allocated_to
 from moecompress.passes.base import Decision, Pass
 from moecompress.plan import Plan
 from moecompress.rundir import RunDir
@@ -43,6 +44,14 @@ class Job:
         """The token set on which errors are reported; None for a data-free run."""
         names = [name for name in self.tokens if name != PROBE]
         return "default" if "default" in names else (names[0] if names else None)
+
+    def position(self, step: Pass) -> int:
+        """Where this very pass stands."""
+        return next(position for position, other in enumerate(self.passes) if other is step)
+
+    def quantizer_after(self, step: Pass) -> Pass | None:
+        """The pass that an allocation by `step` is for."""
+        return allocated_to(self.passes, self.position(step))
 
     def folder(self, position: int) -> str:
         return f"{position:02d}-{self.passes[position].name}"

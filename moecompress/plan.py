@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from moecompress.allocated import allocation_of, allocation_problems, reworded, with_allocation
 from moecompress.calib.sources import required_files, resolve_text
 from moecompress.errors import MoecompressError, UnsupportedModel, message
 from moecompress.estimate import Estimate, estimate, remaining_shares
@@ -77,6 +78,13 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     if memory is not None and cost.peak_bytes > memory:
         passes = tuple(step.lighter(model.facts, cost.peak_bytes - memory) for step in passes)
         cost = cost_of(passes)
+    actions = _actions(model, owned, schemes, output, remaining_shares(model, stages[-1]), reshaped.dropped)
+    allocation = allocation_of(passes)
+    problems += allocation_problems(passes)
+    if allocation is not None:
+        cost, wrong = with_allocation(cost, allocation, model, stages[-1], schemes)
+        actions = reworded(actions, owned)
+        problems += wrong
     problems += _resource_problems(recipe, cost, memory)
     problems += memory_problems(recipe.evaluate.tasks, "evaluate.tasks", cost.output_bytes)
     if not recipe.calibration:
@@ -89,7 +97,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
         output,
         schemes,
         owned,
-        _actions(model, owned, schemes, output, remaining_shares(model, stages[-1]), reshaped.dropped),
+        actions,
         cost,
         tuple(problems),
         tuple(warnings),
@@ -136,6 +144,8 @@ def _format(
     if wanted in ("dense", "native") or not quantized:
         return "native" if wanted == "native" else "dense"
     unfit = portable_problems(model, schemes)
+    if allocation_of(passes_of(recipe)) is not None:
+        unfit.append("experts get different widths (allocate.*), and one scheme for all is allowed; use format: native")
     if wanted == "portable":
         problems += [message("output.format portable", text) for text in unfit]
     return "native" if unfit and wanted == "auto" else "portable"

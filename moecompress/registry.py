@@ -24,6 +24,8 @@ def table(entries: Iterable[tuple[str, str]]) -> Mapping[str, str]:
 
 PASSES = table(
     [
+        ("allocate.global", "moecompress.passes.allocate_global:AllocateGlobal"),
+        ("allocate.pmq", "moecompress.passes.allocate_pmq:AllocatePMQ"),
         ("prune.ean", "moecompress.passes.prune_ean:PruneEAN"),
         ("prune.easy_ep", "moecompress.passes.prune_easy_ep:PruneEasyEP"),
         ("prune.frequency", "moecompress.passes.prune_frequency:PruneFrequency"),

@@ -14,6 +14,7 @@ from moecompress.checkpoint.writer import ShardRecord
 from moecompress.evaluate import BACKEND, evaluate_dir
 from moecompress.fingerprint import versions
 from moecompress.job import PROBE, Job
+from moecompress.passes.allocator import expert_weights
 from moecompress.portable import engines, portable_schemes
 from moecompress.progress import Progress
 from moecompress.recipe import recipe_data
@@ -100,13 +101,19 @@ def _size(job: Job, written: int) -> dict[str, Any]:
     return {
         "source_bytes": job.model.facts.source_bytes,
         "output_bytes": written,
-        "expert_bits_per_weight": estimate.expert_bits_per_weight,
+        "expert_bits_per_weight": _allocated_bits(job) or estimate.expert_bits_per_weight,
         "total_bits_per_weight": estimate.total_bits_per_weight * written / estimate.output_bytes,
         "components": {
             role: {"source_bytes": before, "output_bytes": after}
             for role, (before, after) in estimate.component_bytes.items()
         },
     }
+
+
+def _allocated_bits(job: Job) -> float | None:
+    """Stored bits per routed-expert weight as they were allocated; None without an allocation."""
+    found = [decision.data["stored_bits"] for decision in job.decided.values() if "stored_bits" in decision.data]
+    return found[-1] / expert_weights(job.model.facts) if found else None
 
 
 def _passes(job: Job, parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from moecompress.calib.tokenizer import load_tokenizer
 from moecompress.calib.tokens import build_token_set, make_token_set
 from moecompress.checkpoint.writer import atomic_write
+from moecompress.context import set_of
 from moecompress.errors import NotFinite, RecipeError, Stopped, UnsupportedModel, message
 from moecompress.fingerprint import fingerprint
 from moecompress.finish import finish
@@ -29,6 +30,7 @@ from moecompress.planned import Sweep
 from moecompress.progress import NoProgress, Progress
 from moecompress.recipe import Recipe
 from moecompress.rundir import already_published, open_run
+from moecompress.stream.fisher import output_fisher
 from moecompress.stream.streams import start_run
 from moecompress.stream.train import TrainContext
 from moecompress.sweep import process_layer, weights_before
@@ -227,10 +229,23 @@ def _barrier(job: Job, position: int, progress: Progress) -> Decision:
             statistics = {
                 layer.index: _saved_statistics(job, position, layer.index) for layer in job.model.facts.moe_layers
             }
-            context = ModelContext(job.model.facts, statistics, seeded(getattr(step, "seed", 0), step.name, -1))
-            decision = step.decide(context)
+            decision = step.decide(_model_context(job, position, statistics))
         save_decision(folder, "model", decision)
     return decision
+
+
+def _model_context(job: Job, position: int, statistics: Mapping[int, Mapping[str, Any]]) -> ModelContext:
+    """What the MODEL pass at `position` decides on. statistics: what its `measure` kept, by layer."""
+    step = job.passes[position]
+    generator = seeded(getattr(step, "seed", 0), step.name, -1)
+
+    def fisher(sequences: int) -> Mapping[int, torch.Tensor]:
+        tokens = job.tokens[set_of(job, step)].tokens
+        rows = [row for row in range(len(tokens.ids)) if row not in tokens.heldout][:sequences]
+        return output_fisher(job.model, weights_before(job, position), tokens.ids[rows], generator())
+
+    fixed = job.plan.estimate.fixed_bytes
+    return ModelContext(job.plan.stages[position], statistics, generator, fisher, job.quantizer_after(step), fixed)
 
 
 def _saved_statistics(job: Job, position: int, index: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Literal
 
 UNITS = {
     "B": 1,
@@ -29,3 +31,27 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"'{text}' is no bytes at all; give a size above zero")
     return size
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the routed experts may take. kind: `bits` = mean code bits, `bpw` = stored bits, `bytes` = the output."""
+
+    kind: Literal["bits", "bpw", "bytes"]
+    value: float
+
+
+def parse_budget(text: str) -> Budget:
+    """`"2.5 bits"`, `"2.75 bpw"` or a size such as `"12 GiB"`. Raises ValueError when it is none of them."""
+    found = _SIZE.fullmatch(text)
+    unit = found.group(2).lower() if found else ""
+    if found is not None and unit in ("bit", "bits", "bpw"):
+        value = float(found.group(1))
+        if value <= 0:
+            raise ValueError(f"'{text}' is no budget; give a number above zero")
+        return Budget("bpw" if unit == "bpw" else "bits", value)
+    try:
+        return Budget("bytes", parse_size(text))
+    except ValueError:
+        allowed = "'2.5 bits' (mean code bits), '2.75 bpw' (stored bits per weight) or '12 GiB' (whole output)"
+        raise ValueError(f"'{text}' is not a budget; allowed: {allowed}") from None

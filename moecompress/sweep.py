@@ -167,7 +167,11 @@ def weights_before(job: Job, position: int) -> Callable[[int], LayerWeights]:
 
 
 def _collect_for_barrier(job: Job, position: int, weights: LayerWeights, statistics: LayerStatistics) -> None:
-    finished = _collected(job, job.passes[position], weights, statistics)
+    step = job.passes[position]
+    finished: Finished = _collected(job, step, weights, statistics)
+    if weights.experts:
+        with filled_layer(job.model, weights) as layer, torch.no_grad():
+            finished = step.measure(layer_context(job, step, layer, weights, finished))
     flat = {f"{name}/{key}": value for name, values in finished.items() for key, value in values.items()}
     if flat:
         save_tensors(job.run.stats / job.folder(position) / f"{weights.index:05d}.safetensors", flat)
@@ -241,6 +245,7 @@ def _notes(job: Job, index: int) -> dict[int, dict[str, Any]]:
     for position in range(len(job.passes)):
         decision = _decision(job, position, index)
         data = decision.data if decision is not None else {}
+        data = data.get("layers", {}).get(str(index), data)  # MODEL passes keep all layers under their index
         for expert, note in data.get("experts", {}).items():
             notes.setdefault(sources[int(expert)], {}).update(note)
         if "kept" in data:

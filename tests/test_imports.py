@@ -31,13 +31,13 @@ LAYERS = (
         "tasknames",
         "writing",
     ),
-    ("estimate", "planned", "plan", "job", "context", "sweep", "parts"),
+    ("estimate", "allocated", "planned", "plan", "job", "context", "sweep", "parts"),
     ("evaluate", "evalstore", "tasks", "taskresults", "humaneval", "sandbox", "report"),
     # a run ends with a reload check, an evaluation and a report, so it stands above them
     ("reload", "results", "finish", "run", "export", "inspect", "doctor"),
     ("cli", "__main__"),
 )
-SHARED = ("base", "pruning", "quantizer")  # modules of passes/ that are no passes
+SHARED = ("base", "pruning", "quantizer", "allocator")  # modules of passes/ that are no passes
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Outside library -> rooms that may import it, even inside a function.
 RESERVED = {

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from moecompress.sizes import UNITS, parse_size
+from moecompress.sizes import UNITS, Budget, parse_budget, parse_size
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,23 @@ def test_what_is_no_size_is_refused_with_all_units(text: str) -> None:
 def test_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="above zero"):
         parse_size("0.0 GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("2.5 bits", Budget("bits", 2.5)),
+        ("2 bit", Budget("bits", 2.0)),
+        (" 2.75 BPW", Budget("bpw", 2.75)),
+        ("1.5 GiB", Budget("bytes", 1.5 * 2**30)),
+        ("300B", Budget("bytes", 300)),
+    ],
+)
+def test_budgets(text: str, budget: Budget) -> None:
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["2.5", "bits", "-1 bits", "0 bits", "2 pounds", "0 GiB", ""])
+def test_what_is_no_budget(text: str) -> None:
+    with pytest.raises(ValueError, match="budget"):
+        parse_budget(text)

@@ -58,6 +58,8 @@ class LayerContext:
     block_error: rows int64 [m] (global token positions) -> float32 [m, H], the original stream's layer output minus the
     compressed stream's with the weights of this context: what a better layer could still make up for. Only for
     passes that set `needs_block_error`; raises LookupError otherwise.
+    allocation: bits of every expert by projection, from an allocate.* pass before this one; None without one.
+    quantizer: the pass that an allocation made here is for; None outside allocate.* passes.
     collect: runs the layer with the given weights on the pass's stream once more and returns these statistics finished:
     for passes whose statistics would not fit in memory together, or that change the layer in several steps.
     norm_fold: finds the norm that feeds the experts and everything else that reads it, by running the layer on a probe;
@@ -75,6 +77,8 @@ class LayerContext:
     block_error: RowsToHidden
     collect: Collect
     norm_fold: Callable[[], NormFold]
+    allocation: Mapping[str, Sequence[int]] | None = None
+    quantizer: Pass | None = None
 
     def evaluate(self, expert: int, candidate: ExpertWeights) -> float | None:
         """Relative squared output error of a candidate for one expert on the layer's token sample (`token_sample`).
@@ -111,11 +115,20 @@ def output_error(
 
 @dataclass(frozen=True)
 class ModelContext:
-    """What a MODEL pass decides on: finished statistics of every MoE layer, by layer index."""
+    """What a MODEL pass decides on: what `measure` kept of every MoE layer, by layer index.
+
+    quantizer: the pass that an allocation is for; fixed_bytes: planned size of the output without the routed experts'
+    matrices. Both only for allocate.* passes.
+    fisher: mean squared gradient of the model's loss with respect to every element of a MoE layer's output, by layer,
+    float32 [H], over this many calibration sequences; the layers are as the passes before left them.
+    """
 
     facts: ModelFacts
     statistics: Mapping[int, Mapping[str, Mapping[str, Tensor]]]
     generator: Callable[..., torch.Generator]
+    fisher: Callable[[int], Mapping[int, Tensor]]
+    quantizer: Pass | None = None
+    fixed_bytes: int = 0
 
 
 class Pass(BaseModel):
@@ -167,6 +180,10 @@ class Pass(BaseModel):
     def schemes(self, layer: LayerFacts) -> Mapping[str, Scheme]:
         """Storage this pass will give to `gate_up`, `down` and linear names of one layer, as far as known now."""
         return {}
+
+    def measure(self, context: LayerContext) -> Mapping[str, Mapping[str, Tensor]]:
+        """MODEL and TRAIN passes: what is kept of one layer until the decision; by default its statistics."""
+        return context.statistics
 
     def decide(self, context: Any) -> Decision:
         """What to do, from the context of the pass's scope."""

@@ -18,7 +18,7 @@ from moecompress.passes.base import Decision, LayerContext, input_columns, selec
 from moecompress.passes.quantizer import Quantizer
 from moecompress.stats.linears import LinearHessian
 from moecompress.stats.moments import ExpertHessian, Weighting
-from moecompress.types import LayerFacts, LayerWeights, ModelFacts, Projection, QuantizedTensor
+from moecompress.types import LayerFacts, LayerWeights, ModelFacts, Projection, QuantizedTensor, Scheme
 
 Fallback = Literal["shrink", "rtn", "hqq", "error"]
 Pool = Mapping[str, Tensor | None]  # "": sum of x x^T over all experts, "_delta": the paired sum
@@ -37,6 +37,7 @@ class QuantizeGPTQ(Quantizer):
     name: ClassVar[str] = "quantize.gptq"
     paper: ClassVar[str] = "2210.17323"
     expensive: ClassVar[bool] = True
+    trial_hessian: ClassVar[bool] = True
 
     grid: Literal["minmax", "mse"] = Field("mse", description="min-max range, or the range with the least error")
     order: Literal["none", "act", "gar"] = Field(
@@ -146,7 +147,7 @@ class QuantizeGPTQ(Quantizer):
         made = {}
         for name, value in dense.items():
             where = f"layer {weights.index} {name}"
-            result = self._gptq(where, value, hessians[name], None, context.scale_dtype)
+            result = self._gptq(where, value, self.scheme, hessians[name], None, context.scale_dtype)
             made[name] = result.q
             said[name] = {"damping": result.damping, "loss": result.loss}
         return weights.with_tensors(made)
@@ -204,6 +205,7 @@ class QuantizeGPTQ(Quantizer):
         replay: bool,
     ) -> QuantizedTensor:
         index, projection = str(key[0]), key[1]
+        scheme = self.scheme_for(context, *key)
         note = said["experts"].get(index, {})
         fallback = note.get("fallback") if replay else (self.fallback if inputs.tokens < inputs.needed else None)
         if fallback == "error":
@@ -220,22 +222,32 @@ class QuantizeGPTQ(Quantizer):
         if fallback is not None and not replay:
             said["experts"][index] = {"fallback": fallback}
         if fallback == "rtn":
-            return round_to_nearest(weight.float(), self.scheme, grid=self.grid, scale_dtype=context.scale_dtype)
+            return round_to_nearest(weight.float(), scheme, grid=self.grid, scale_dtype=context.scale_dtype)
         if fallback == "hqq":
-            return hqq(weight.float(), self.scheme, grid=self.grid, scale_dtype=context.scale_dtype)
+            return hqq(weight.float(), scheme, grid=self.grid, scale_dtype=context.scale_dtype)
         hessian, delta = (inputs.hessian, inputs.delta) if fallback is None else inputs.shrunk()
-        result = self._gptq(where, weight, hessian, delta, context.scale_dtype)
+        result = self._gptq(where, weight, scheme, hessian, delta, context.scale_dtype)
         said["losses"].setdefault(index, {})[projection] = {"damping": result.damping, "loss": result.loss}
         return result.q
 
+    def trial(self, weight: Tensor, bits: int, hessian: Tensor | None, scale_dtype: torch.dtype) -> QuantizedTensor:
+        assert hessian is not None
+        return self._gptq("trial", weight, self.scheme_at(bits), hessian, None, scale_dtype).q
+
     def _gptq(
-        self, where: str, weight: Tensor, hessian: Tensor, delta: Tensor | None, scale_dtype: torch.dtype
+        self,
+        where: str,
+        weight: Tensor,
+        scheme: Scheme,
+        hessian: Tensor,
+        delta: Tensor | None,
+        scale_dtype: torch.dtype,
     ) -> GPTQResult:
         try:
             return gptq(
                 weight.float(),
                 hessian,
-                self.scheme,
+                scheme,
                 grid=self.grid,
                 order=self.order,
                 static_groups=self.static_groups,

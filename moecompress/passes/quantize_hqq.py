@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -30,24 +31,25 @@ class QuantizeHQQ(Quantizer):
     iterations: int = Field(20, ge=0, le=1000, description="steps of the half-quadratic solver")
     norm: float = Field(0.7, gt=0, lt=2, description="p of the error norm |W - Q|_p")
 
-    @property
-    def scheme(self) -> Scheme:
-        binary = self.bits == 1 and self.symmetric
-        return Scheme(self.bits, self.group_size, self.symmetric, "none" if self.symmetric else self.zero, binary)
+    def scheme_at(self, bits: int) -> Scheme:
+        binary = bits == 1 and self.symmetric
+        return Scheme(bits, self.group_size, self.symmetric, "none" if self.symmetric else self.zero, binary)
 
     def decide(self, context: LayerContext) -> Decision:
         """Nothing to search between matrices: every target gets the recipe's scheme."""
         return Decision({"bits": self.bits, "targets": sorted(self.schemes(context.layer))})
 
     def apply(self, context: LayerContext, decision: Decision) -> LayerWeights:
-        def solved(weight: Tensor) -> QuantizedTensor:
-            return hqq(
-                weight,
-                self.scheme,
-                grid=self.grid,
-                scale_dtype=context.scale_dtype,
-                norm=self.norm,
-                iterations=self.iterations,
-            )
+        def solved(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+            return self._solved(weight, scheme, context.scale_dtype)
 
-        return with_rounded(context.weights, decision.data["targets"], solved)
+        def scheme(expert: int | None, name: str) -> Scheme:
+            return self.scheme_for(context, expert, name)
+
+        return with_rounded(context.weights, decision.data["targets"], solved, scheme)
+
+    def trial(self, weight: Tensor, bits: int, hessian: Tensor | None, scale_dtype: torch.dtype) -> QuantizedTensor:
+        return self._solved(weight, self.scheme_at(bits), scale_dtype)
+
+    def _solved(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedTensor:
+        return hqq(weight, scheme, grid=self.grid, scale_dtype=scale_dtype, norm=self.norm, iterations=self.iterations)

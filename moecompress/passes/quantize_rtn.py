@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from moecompress.numerics.grids import round_to_nearest
 from moecompress.passes.base import Decision, LayerContext
 from moecompress.passes.quantizer import Quantizer, with_rounded
-from moecompress.types import LayerWeights, QuantizedTensor
+from moecompress.types import LayerWeights, QuantizedTensor, Scheme
 
 
 class QuantizeRTN(Quantizer):
@@ -29,7 +30,13 @@ class QuantizeRTN(Quantizer):
         return Decision({"bits": self.bits, "targets": sorted(self.schemes(context.layer))})
 
     def apply(self, context: LayerContext, decision: Decision) -> LayerWeights:
-        def rounded(weight: Tensor) -> QuantizedTensor:
-            return round_to_nearest(weight, self.scheme, grid=self.grid, scale_dtype=context.scale_dtype)
+        def rounded(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+            return round_to_nearest(weight, scheme, grid=self.grid, scale_dtype=context.scale_dtype)
 
-        return with_rounded(context.weights, decision.data["targets"], rounded)
+        def scheme(expert: int | None, name: str) -> Scheme:
+            return self.scheme_for(context, expert, name)
+
+        return with_rounded(context.weights, decision.data["targets"], rounded, scheme)
+
+    def trial(self, weight: Tensor, bits: int, hessian: Tensor | None, scale_dtype: torch.dtype) -> QuantizedTensor:
+        return round_to_nearest(weight, self.scheme_at(bits), grid=self.grid, scale_dtype=scale_dtype)

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from moecompress.passes.base import TARGETS, Pass, Target, group_problems, input_columns, selected_linears
+from moecompress.errors import RecipeError, message
+from moecompress.numerics.grids import round_to_nearest
+from moecompress.passes.base import (
+    TARGETS,
+    LayerContext,
+    Pass,
+    Target,
+    group_problems,
+    input_columns,
+    selected_linears,
+)
 from moecompress.types import PROJECTIONS, LayerFacts, LayerWeights, ModelFacts, QuantizedTensor, Scheme, Weight
 
 Bits = Literal[1, 2, 3, 4, 8]
+BITS: Bits = 4  # where neither the recipe nor an allocation says anything
 _ROUTER = ("router", "routers", "gate", "norm", "norms", "embedding", "embeddings", "embed_tokens", "lm_head", "head")
 
 
@@ -19,8 +31,13 @@ class Quantizer(Pass):
     """Symmetric: q in [-2^(b-1), 2^(b-1)-1]; asymmetric: [0, 2^b-1] with a zero point. One symmetric bit: binary."""
 
     changes: ClassVar[frozenset[str]] = frozenset({"experts", "attention", "shared_experts", "dense_mlp"})
+    trial_hessian: ClassVar[bool] = False  # `trial` wants the second moments of the inputs
 
-    bits: Bits = Field(4, description="code width of every targeted weight; 1 = binary (-s, +s)")
+    bits: Bits | None = Field(
+        None,
+        description="code width of every targeted weight; 1 = binary (-s, +s); left out: what an allocate.* pass "
+        "before gave each expert, and 4 for everything else",
+    )
     group_size: int = Field(128, description="input columns that share one scale; -1 = one scale per output channel")
     symmetric: bool = Field(True, description="no zero points")
     targets: tuple[Target, ...] = Field(("routed_experts",), description="what is quantized")
@@ -44,8 +61,33 @@ class Quantizer(Pass):
 
     @property
     def scheme(self) -> Scheme:
-        """How every targeted matrix is stored."""
-        return scheme_of(self.bits, self.group_size, self.symmetric)
+        """How every targeted matrix is stored to which no allocation gave another width."""
+        return self.scheme_at(BITS if self.bits is None else self.bits)
+
+    def scheme_at(self, bits: int) -> Scheme:
+        """How this pass stores a matrix of `bits`."""
+        return scheme_of(bits, self.group_size, self.symmetric)
+
+    def scheme_for(self, context: LayerContext, expert: int | None, name: str) -> Scheme:
+        """How one matrix is stored: projection `name` of an expert, or a Linear (expert None).
+
+        Raises RecipeError when the allocation was made for another number of experts.
+        """
+        if self.bits is not None or expert is None or context.allocation is None:
+            return self.scheme
+        widths, experts = context.allocation[name], len(context.weights.experts)
+        if len(widths) != experts:
+            found = f"the allocation has {len(widths)} experts, the layer {experts}"
+            where = f"layer {context.weights.index} {self.name}"
+            raise RecipeError(message(where, found, then="allocate after pruning and merging"))
+        return self.scheme_at(widths[expert])
+
+    def trial(self, weight: Tensor, bits: int, hessian: Tensor | None, scale_dtype: torch.dtype) -> QuantizedTensor:
+        """What this pass makes of one matrix (float32 [out, in]) at `bits`, for allocators that compare widths.
+
+        hessian: sum x x^T of its inputs, [in, in]; only for passes with `trial_hessian`.
+        """
+        return round_to_nearest(weight, self.scheme_at(bits), grid="mse", scale_dtype=scale_dtype)
 
     def check(self, facts: ModelFacts) -> list[str]:
         problems = group_problems(input_columns(facts, self.targets), self.group_size)
@@ -74,22 +116,27 @@ def positive_group(value: int) -> int:
 
 
 def with_rounded(
-    weights: LayerWeights, names: Collection[str], rounded: Callable[[Tensor], QuantizedTensor]
+    weights: LayerWeights,
+    names: Collection[str],
+    rounded: Callable[[Tensor, Scheme], QuantizedTensor],
+    scheme: Callable[[int | None, str], Scheme],
 ) -> LayerWeights:
     """The layer with `rounded` applied, in float32, to every named matrix one by one.
 
-    names: linear weights, and `gate_up` for both projections of all experts. Matrices that already have codes keep
-    them: the pass that made them owns them.
+    names: linear weights, and `gate_up` for both projections of all experts. scheme: of (expert or None, name).
+    Matrices that already have codes keep them: the pass that made them owns them.
     """
 
-    def one(weight: Weight) -> Weight:
-        return rounded(weight.float()) if isinstance(weight, Tensor) else weight
+    def one(weight: Weight, expert: int | None, name: str) -> Weight:
+        return rounded(weight.float(), scheme(expert, name)) if isinstance(weight, Tensor) else weight
 
     if "gate_up" in names:
         made = []
-        for expert in weights.experts:
+        for index, expert in enumerate(weights.experts):
             for projection in PROJECTIONS:
-                expert = expert.with_projection(projection, one(expert.projection(projection)))
+                expert = expert.with_projection(projection, one(expert.projection(projection), index, projection))
             made.append(expert)
         weights = weights.with_experts(tuple(made))
-    return weights.with_tensors({name: one(weights.tensors[name]) for name in names if name not in PROJECTIONS})
+    return weights.with_tensors(
+        {name: one(weights.tensors[name], None, name) for name in names if name not in PROJECTIONS}
+    )

@@ -49,6 +49,32 @@ class RoutingCounts(Statistic):
 
 
 @dataclass(frozen=True)
+class RoutedProbability(Statistic):
+    """Sum over the tokens routed to each expert of its softmax probability over ALL experts: PMQ's weight (2410.06270).
+
+    probability: float64 [E], before any renormalisation over the chosen ones. The routing weight stands in where the
+    router's first output is not one number per expert.
+    """
+
+    name: ClassVar[str] = "routed_probability"
+    depends_on: ClassVar[frozenset[str]] = frozenset({"attention", "norms", "router"})
+    reduce: ClassVar[Mapping[str, Reduce]] = {"probability": "sum"}
+
+    def init(self, site: MoESite) -> State:
+        return {"probability": torch.zeros(site.num_experts, dtype=torch.float64)}
+
+    def observe_routing(self, state: State, seen: RoutingObservation) -> None:
+        total = state["probability"]
+        experts = total.shape[0]
+        ids, values = seen.ids.to(total.device), seen.weights.to(total)
+        if seen.logits is not None and seen.logits.shape[-1] == experts:
+            chances = torch.nn.functional.pad(seen.logits.to(total).softmax(-1), (0, 1))
+            values = chances.gather(1, ids)  # a skipped slot reads the padding
+        per_token = total.new_zeros(ids.shape[0], experts + 1).scatter_add_(1, ids, values)
+        total += per_token[:, :experts].sum(0)
+
+
+@dataclass(frozen=True)
 class TokenSample(Statistic):
     """Up to `n` tokens of the layer with their routing: real inputs for searches and accept / roll back.
 

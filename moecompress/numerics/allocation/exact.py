@@ -41,7 +41,7 @@ def highs(problem: Problem, *, gap: float = 0.0, seconds: float = 60.0) -> Solut
 
 
 def pulp_model(problem: Problem, name: str = "allocation") -> Any:
-    """The problem as a `pulp.LpProblem` with variables x_<unit>_<choice>; `.writeLP(path)`, `.writeMPS(path)` export it.
+    """The problem as a `pulp.LpProblem` with variables x_<unit>_<choice>; `.writeLP(path)`, `.writeMPS(path)` write it.
 
     Costs are scaled so that the largest is 1000; sizes are divided by their common divisor.
     """

@@ -1,0 +1,82 @@
+"""allocate.pmq: bits per expert by PMQ's integer program, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from moecompress.arch.quirks import scoring
+from moecompress.errors import RecipeError, message
+from moecompress.numerics.allocation import Infeasible, pmq, pmq_cost
+from moecompress.numerics.grids import round_to_nearest
+from moecompress.passes.allocator import UNITS, Allocator, Pool
+from moecompress.passes.base import Decision, LayerContext, ModelContext
+from moecompress.passes.quantizer import Quantizer
+from moecompress.stats.routing import RoutedProbability, RoutingCounts
+from moecompress.types import PROJECTIONS, ModelFacts, Scheme
+
+
+class AllocatePMQ(Allocator):
+    """PMQ (2410.06270): every layer gets the same budget; costs are usage, routing weight and output error.
+
+    The released rule, phi^1 w^1.5 eps^1 with at least one expert at each of the two highest widths, is the default;
+    `rule: paper` has the exponents of the text. eps is the norm of the block's output error over all sampled tokens
+    (the released code adds norms per calibration batch, which depends on the batches).
+    """
+
+    name: ClassVar[str] = "allocate.pmq"
+    paper: ClassVar[str] = "2410.06270"
+
+    rule: Literal["released", "paper"] = Field(
+        "released", description="exponents 1, 1.5, 1 or, as in the text, 1, 1, 2"
+    )
+    errors: Literal["minmax", "quantizer"] = Field(
+        "minmax", description="errors of plain asymmetric min-max rounding, as published, or of the quantizer used"
+    )
+
+    def check(self, facts: ModelFacts) -> list[str]:
+        few = [
+            layer.index for layer in facts.moe_layers if layer.site and layer.site.num_experts < min(2, len(self.bits))
+        ]
+        return [f"layers {few} have too few experts for the two highest widths"] if few else []
+
+    def trial(self, context: LayerContext, weight: Tensor, bits: int, hessian: Tensor | None) -> Any:
+        if self.errors == "quantizer":
+            return super().trial(context, weight, bits, hessian)
+        assert isinstance(context.quantizer, Quantizer)
+        size = context.quantizer.group_size
+        scheme = Scheme(1, size, binary=True) if bits == 1 else Scheme(bits, size, False, "int")
+        return round_to_nearest(weight, scheme, grid="minmax", scale_dtype=context.scale_dtype)
+
+    def wants_hessians(self, context: LayerContext) -> bool:
+        return self.errors == "quantizer" and super().wants_hessians(context)
+
+    def decide(self, context: ModelContext) -> Decision:
+        """Solve every layer with its share of the budget."""
+        assert isinstance(context.quantizer, Quantizer)
+        counts = {index: len(found[RoutingCounts.name]["tokens"]) for index, found in context.statistics.items()}
+        pool = self.pool(context.facts, context.quantizer, context.fixed_bytes, counts)
+        allocation, importance, total = {}, {}, 0.0
+        for index, found in sorted(context.statistics.items()):
+            tokens = found[RoutingCounts.name]["tokens"].numpy()
+            raw = scoring(context.facts.model_type) == "softmax"
+            weights = found[RoutedProbability.name]["probability"] if raw else found[RoutingCounts.name]["gate_sum"]
+            errors = found["sensitivity"]["errors"][:, list(UNITS).index("expert")].double().sum(-1).sqrt()
+            cost = pmq_cost(tokens, weights.numpy(), errors.numpy(), self.rule)
+            widths = self._widths(index, cost, pool)
+            allocation[index] = dict.fromkeys(PROJECTIONS, widths)
+            importance[index] = found["sensitivity"]["energy"].double().sum(-1)
+            total += sum(cost[e, self.bits.index(bits)] for e, bits in enumerate(widths))  # type: ignore[arg-type]
+        return self.decision(context, allocation, importance, {"predicted_cost": float(total)})
+
+    def _widths(self, layer: int, cost: Any, pool: Pool) -> list[int]:
+        """pmq on one layer, with the error in the words of the recipe."""
+        experts = len(cost)
+        try:
+            return pmq(cost, self.bits, int(pool.mean_bits() * experts + 1e-6))
+        except Infeasible as error:
+            found = f"{pool.mean_bits():.3f} bits on average, but the two highest widths need {error.least / experts:g}"
+            then = f"use budget '{error.least / experts:g} bits', other widths, or allocate.global"
+            raise RecipeError(message(f"{self.name} layer {layer}", found, then=then)) from None
