@@ -34,7 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> StreamModel:
 
 def context_of(model: StreamModel, weights: LayerWeights) -> Any:
     """All that this pass looks at."""
-    return SimpleNamespace(layer=model.facts.layers[weights.index], weights=weights, scale_dtype=torch.bfloat16)
+    layer = model.facts.layers[weights.index]
+    return SimpleNamespace(layer=layer, weights=weights, scale_dtype=torch.bfloat16, allocation=None)
 
 
 def applied(model: StreamModel, step: QuantizeRTN, index: int = 1) -> tuple[LayerWeights, LayerWeights]:
