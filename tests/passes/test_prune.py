@@ -262,6 +262,19 @@ def test_pruned_and_quantized_in_one_recipe(kind: str, tmp_path: Path) -> None:
         assert load(out).generate(IDS[:1, :8], max_new_tokens=2, min_new_tokens=2, pad_token_id=0).shape == (1, 10)
 
 
+@pytest.mark.parametrize("smooth_first", [True, False])
+def test_scales_folded_before_or_after_are_told_apart_in_the_report(smooth_first: bool, tmp_path: Path) -> None:
+    """Errors of 8-bit experts are tiny only if every expert is compared with the one it was, its scales taken back."""
+    source = families.save_tiny("qwen3_moe", tmp_path / "model", torch.float32)
+    smooth, prune = {"smooth.awq": {"group_size": 16, "clip": False}}, {"prune.random": {"keep": 4}}
+    first = [smooth, prune] if smooth_first else [prune, smooth]
+    out = execute(tmp_path, source, [*first, {"quantize.rtn": {"bits": 8, "group_size": 16}}])
+    rows = [e for row in engine.read_json(out / "moecompress" / "report.json")["layers"] for e in row["experts"]]
+    kept = [e for e in rows if e["action"] != "pruned"]
+    assert len(kept) == 16 and all(e["action"] == "quantized" and e["weight_error"] < 1e-3 for e in kept)
+    assert any(e["id"] > 3 for e in kept) and all(e["error"] is None or e["error"] < 1e-3 for e in kept)
+
+
 def test_pruned_twice_keeps_the_numbers_of_the_source(tmp_path: Path) -> None:
     source = families.save_tiny("mixtral", tmp_path / "model")
     passes = [{"prune.reap": {"keep": 6}}, {"prune.random": {"keep": 4}}]
