@@ -35,7 +35,13 @@ class AtLayer:
         return self.model.read_layer(self.index)
 
     def context(self, step: Pass, weights: LayerWeights, module: Any, statistics: Any) -> LayerContext:
-        job = SimpleNamespace(model=self.model, tokens={"default": self.run, "probe": self.probe}, report_set="default")
+        job = SimpleNamespace(
+            model=self.model,
+            tokens={"default": self.run, "probe": self.probe},
+            report_set="default",
+            position=lambda _: 0,  # no allocation before
+            quantizer_after=lambda _: None,
+        )
         return layer_context(job, step, module, weights, statistics)  # type: ignore[arg-type]
 
     def process(
