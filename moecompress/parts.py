@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from moecompress.checkpoint.native_config import NativeConfig
 from moecompress.checkpoint.writer import Entry, write_shard
 from moecompress.job import Job
 from moecompress.rundir import RunDir
+from moecompress.stream.expert_source import ExpertSource
 from moecompress.writing import Written, outer_output
 
 
@@ -53,3 +54,19 @@ def split_entries(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
         groups[-1].append(entry)
         size += entry.nbytes
     return groups
+
+
+def note_errors(
+    manifest: Mapping[str, dict[str, Any]], source: ExpertSource, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Put every expert's relative weight error into the manifest rows of its tensors; stacked tensors get the mean."""
+    errors = {row["id"]: row["weight_error"] for row in rows if row["weight_error"] is not None}
+    if not errors:
+        return
+    mean = sum(errors.values()) / len(errors)
+    for part in source.projections.values():
+        for key in part.assembly.keys:
+            manifest[key]["error"] = mean
+        for expert, keys in enumerate(part.keys):
+            for key in keys:
+                manifest[key]["error"] = errors.get(expert)

@@ -23,7 +23,7 @@ from moecompress.finish import finish
 from moecompress.job import PROBE, Job, LayerResult, seeded
 from moecompress.layerstore import load_decision, load_tensors, save_decision
 from moecompress.memory import peak_resident, return_freed_memory
-from moecompress.parts import layer_file, write_part
+from moecompress.parts import layer_file, note_errors, write_part
 from moecompress.passes.base import Decision, ModelContext, Scope
 from moecompress.plan import BATCH_TOKENS, PROBE_TOKENS, make_plan
 from moecompress.planned import Sweep
@@ -266,5 +266,7 @@ def _keep(job: Job, number: int, index: int, result: LayerResult, last: bool) ->
     }
     if last:
         written = layer_output(job.model, result.original, result.weights, job.plan.output)
+        if result.row is not None and index in job.model.expert_sources:
+            note_errors(written.manifest, job.model.expert_sources[index], result.row["experts"])
         data |= write_part(job, f"layer-{index:05d}", written)
     atomic_write(layer_file(job.run, number, index), json.dumps(data, indent=1) + "\n")

@@ -29,7 +29,8 @@ Format = Literal["dense", "native", "portable"]
 class Written:
     """Parts of the output that one layer (or the rest of the model) makes.
 
-    manifest: source tensor -> {action, bits, group_size, outputs}. experts, linears: for the native config block.
+    manifest: source tensor -> {action, bits, group_size, outputs, error}. experts, linears: for the native
+    config block.
     portable: experts prefix or checkpoint module -> scheme, for the portable one.
     """
 
@@ -47,9 +48,10 @@ class Written:
             "bits": scheme.bits if scheme else None,
             "group_size": scheme.group_size if scheme else None,
             "outputs": list(outputs),
+            "error": None,
         }
         for key in keys:
-            self.manifest[key] = row
+            self.manifest[key] = dict(row)
 
 
 def settle(weights: LayerWeights, original: LayerWeights, output: Format) -> LayerWeights:
