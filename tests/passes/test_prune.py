@@ -258,6 +258,8 @@ def test_pruned_and_quantized_in_one_recipe(kind: str, tmp_path: Path) -> None:
     report = engine.read_json(out / "moecompress" / "report.json")
     bits = {e["bits"]["down"] for e in report["layers"][0]["experts"]}
     assert bits == ({None, 16} if kind == "dense" else {None, 4})
+    size = report["size"]
+    assert sum(part["output_bytes"] for part in size["components"].values()) == size["output_bytes"]  # as planned
     with torch.no_grad():
         assert load(out).generate(IDS[:1, :8], max_new_tokens=2, min_new_tokens=2, pad_token_id=0).shape == (1, 10)
 
@@ -311,6 +313,25 @@ def test_layers_for_multi_token_prediction_go_with_a_warning(tmp_path: Path) -> 
     assert {rows[name]["action"] for name in extra} == {"drop"}
     warnings = engine.read_json(out / "moecompress" / "report.json")["warnings"]
     assert any("multi-token prediction" in line and str(len(extra)) in line for line in warnings)
+
+
+def test_an_fp8_source_gives_what_its_expanded_twin_gives(tmp_path: Path) -> None:
+    source = families.save_tiny("deepseek_v3", tmp_path / "model")
+    engine.make_fp8(source, tmp_path / "dense", 16)
+    outs = [execute(tmp_path / f"out-{p.name}", p, [{"prune.reap": {"keep": 6}}]) for p in (source, tmp_path / "dense")]
+    first, second = (
+        {name: value for path in out.glob("*.safetensors") for name, value in load_file(path).items()} for out in outs
+    )
+    assert first.keys() == second.keys() and all(torch.equal(first[name], value) for name, value in second.items())
+    assert engine.read_json(outs[0] / "config.json")["n_routed_experts"] == 6
+
+
+def test_the_plan_says_what_stays_of_every_tensor(tmp_path: Path) -> None:
+    source = families.save_tiny("mixtral", tmp_path / "model")
+    passes = [{"prune.random": {"keep": 6, "protect": []}}, {"quantize.rtn": {"bits": 4, "group_size": 16}}]
+    done = engine.command("plan", engine.write_recipe(tmp_path, source, passes))
+    assert done.code == 0 and "96  keep 6 of 8 experts, quantize 4-bit symmetric, group 16" in done.out
+    assert "4  keep 6 of 8 experts\n" in done.out  # the routers
 
 
 def test_random_needs_no_data_when_nothing_is_protected(tmp_path: Path) -> None:
