@@ -19,6 +19,7 @@ from moecompress.portable import engines, portable_schemes
 from moecompress.progress import Progress
 from moecompress.recipe import recipe_data
 from moecompress.report import Report
+from moecompress.report.schema import ExpertInfo
 
 
 def evaluate_output(job: Job, progress: Progress) -> None:
@@ -52,7 +53,7 @@ def make_report(
     """Everything HOUSE 7 asks of report.json; what was not measured is null."""
     plan, facts = job.plan, job.model.facts
     written = sum(int(row["nbytes"]) for record in records for row in record.tensors.values())
-    rows = [part["row"] for part in parts if part.get("row")]
+    rows = [_known(part["row"]) for part in parts if part.get("row")]
     return Report.model_validate(
         {
             "model": {
@@ -94,6 +95,12 @@ def make_report(
             "loadable": loadable(job, checked),
         }
     )
+
+
+def _known(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's row with what the report's schema has of its experts; the rest stays in the passes' decisions."""
+    experts = [{key: value for key, value in one.items() if key in ExpertInfo.model_fields} for one in row["experts"]]
+    return {**row, "experts": experts}
 
 
 def _size(job: Job, written: int) -> dict[str, Any]:
