@@ -35,6 +35,7 @@ PASSES = table(
         ("prune.score", "moecompress.passes.prune_score:PruneScore"),
         ("quantize.gptq", "moecompress.passes.quantize_gptq:QuantizeGPTQ"),
         ("quantize.hqq", "moecompress.passes.quantize_hqq:QuantizeHQQ"),
+        ("quantize.learned", "moecompress.passes.quantize_learned:QuantizeLearned"),
         ("quantize.rtn", "moecompress.passes.quantize_rtn:QuantizeRTN"),
         ("smooth.awq", "moecompress.passes.smooth_awq:SmoothAWQ"),
     ]
