@@ -23,7 +23,7 @@ from moecompress.types import PROJECTIONS, ExpertWeights, LayerFacts, LayerWeigh
 
 class SmoothAWQ(Pass):
     """AWQ (2306.00978) for experts: one scale per layer from the norm into router, routed and shared experts; one
-    scale per expert from up into down; then clipping. It rounds nothing: a `quantize.*` pass follows.
+    scale per expert from up into down; then, if asked, clipping. It rounds nothing: a `quantize.*` pass follows.
 
     The scales leave the layer's function as it is (tried on real inputs, or refused); clipping does not. Give `bits`,
     `group_size`, `symmetric` and `grid` as the quantizer that follows has them: the search rounds with these.
@@ -42,7 +42,7 @@ class SmoothAWQ(Pass):
         True, description="one scale per layer, folded into the norm before the experts and the router"
     )
     experts: bool = Field(True, description="one scale per expert between up and down")
-    clip: bool = Field(True, description="clip every group to the range with the least output error")
+    clip: bool = Field(False, description="clip groups to the range with the least output error (for grid: minmax)")
     ratios: int = Field(20, ge=2, le=100, description="exponents tried per search, 0 among them")
     tokens: int = Field(512, ge=1, description="sampled tokens per layer on which candidates are judged")
     calibration: str = Field("default", description="the calibration set to use")
