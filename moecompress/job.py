@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moecompress.allocated import allocated_to
 from moecompress.passes.base import Decision, Pass
-from moecompress.plan import Plan
+from moecompress.planned import Plan
 from moecompress.rundir import RunDir
 from moecompress.stats.base import Statistic
 from moecompress.stream.collect import Collector

@@ -126,7 +126,9 @@ def final_logits(
     """(ids int64 [1, T], logits float32 [1, T, V]) per sequence after the last layer, one sequence at a time."""
     store = run.store(stream, len(model.layers))
     wanted = range(run.tokens.ids.shape[0]) if rows is None else rows
-    with torch.no_grad(), outer_weights(model.skeleton, model.layers_name, model.read_outer):
+    with outer_weights(model.skeleton, model.layers_name, model.read_outer):
         for row in wanted:
             ids = run.tokens.ids[row : row + 1]
-            yield ids, logits(model.skeleton, model.layers, ids, store.read(row, row + 1))
+            with torch.no_grad():  # never across a yield: the caller would run, or be left, without gradients
+                found = logits(model.skeleton, model.layers, ids, store.read(row, row + 1))
+            yield ids, found

@@ -133,6 +133,7 @@ def test_block_scaled_fp8_becomes_bfloat16_and_codes(tmp_path: Path, monkeypatch
         "bits": None,
         "group_size": None,
         "outputs": [],
+        "error": None,
     }
     dense = load_file(tmp_path / "plain" / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"

@@ -63,7 +63,7 @@ def test_the_errors_of_two_halves_add_up() -> None:
 def test_few_tokens_are_drawn_towards_the_layer() -> None:
     sampled = torch.tensor([1000, 10, 0])
     errors = torch.tensor([[1000.0, 2000.0], [0.0, 0.0], [0.0, 0.0]])
-    mean = errors.sum(0) / 1010
+    mean = errors.double().sum(0) / 1010
     found = shrunk(errors, sampled, torch.tensor([2000, 20, 0]), prior=64)
     assert torch.allclose(found[0], (errors[0] + 64 * mean) / 1064 * 2000)
     assert torch.allclose(found[1], 64 * mean / 74 * 20)
