@@ -41,7 +41,11 @@ def recipe(row: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]
         for name, parameters in step.items():
             if name.startswith("quantize."):
                 parameters |= {"bits": int(bits), "group_size": int(group)}
-    data: dict[str, Any] = {"model": str(arguments.model), "passes": passes, "output": {"dir": str(out), "format": "native"}}
+    data: dict[str, Any] = {
+        "model": str(arguments.model),
+        "passes": passes,
+        "output": {"dir": str(out), "format": "native"},
+    }
     if method not in DATA_FREE:
         source = {"source": "tokens", "files": [str(arguments.tokens)]}
         data["calibration"] = source | {"samples": arguments.samples, "length": arguments.length, "heldout": 0}
