@@ -65,18 +65,16 @@ def learn_block(
     judge: BlockSample | None,
     schedule: Schedule,
     generator: torch.Generator,
-    metric: Tensor | None = None,
 ) -> Learned:
     """Learn offsets and scales of all experts of one block; the matrices are changed in place.
 
     forward(e, gate_up, down, inputs [n, H]) -> [n, H]: expert e with these float32 matrices, differentiable in them.
-    judge: tokens that choose among the start and the checks; None = keep the last step. metric: [H, H] positive
-    semidefinite, what an error r costs is r^T metric r; None = its square.
+    judge: tokens that choose among the start and the checks; None = keep the last step.
     Deterministic for a generator and a thread count. Raises ValueError for a sample without tokens.
     """
     if train.hidden.shape[0] == 0:
         raise ValueError("train: 0 tokens; allowed: at least 1")
-    learner = _Learner(forward, gate_up, down, schedule, metric)
+    learner = _Learner(forward, gate_up, down, schedule)
     errors: list[tuple[int, float]] = []
     kept: Codes | None = None
     every = max(1, schedule.steps // schedule.checks)
@@ -114,9 +112,8 @@ class _Learner:
         gate_up: Sequence[LearnedMatrix],
         down: Sequence[LearnedMatrix],
         schedule: Schedule,
-        metric: Tensor | None,
     ) -> None:
-        self._forward, self._plan, self._metric = forward, schedule, metric
+        self._forward, self._plan = forward, schedule
         self._matrices = (tuple(gate_up), tuple(down))
         self._moments: dict[tuple[int, int], tuple[Adam, Adam]] = {}
 
@@ -125,13 +122,13 @@ class _Learner:
         return gate_up, down
 
     def error(self, sample: BlockSample) -> float:
-        """Relative squared error of the block's output (in the metric), a batch at a time."""
+        """Relative squared error of the block's output, a batch at a time."""
         missed = size = 0.0
         with torch.no_grad():
             for part in torch.split(torch.arange(sample.hidden.shape[0]), self._plan.batch):
                 piece = sample.rows(part)
-                missed += self._size(self._residual(piece)[0])
-                size += self._size(piece.target)
+                missed += float(self._residual(piece)[0].square_().sum(dtype=torch.float64))
+                size += float(piece.target.square().sum(dtype=torch.float64))
         return missed / size if size > 0 else 0.0
 
     def step(self, sample: BlockSample, progress: float) -> None:
@@ -140,7 +137,7 @@ class _Learner:
         falling = 1 - progress if self._plan.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         with torch.enable_grad():
             residual, hits = self._residual(sample, softness)
-        slope = self._weighted(residual) * (2 / residual.shape[0])
+        slope = residual * (2 / residual.shape[0])
         for hit in hits:
             gradients = torch.autograd.grad(hit.output, hit.values, slope[hit.rows] * hit.gates)
             for side, gradient in enumerate(gradients):
@@ -167,12 +164,6 @@ class _Learner:
         else:
             offset, factor = offset.sign_(), factor.sign_()
         matrix.move(offset.mul_(plan.rate * falling), factor.mul_(plan.scale_rate * falling))
-
-    def _weighted(self, residual: Tensor) -> Tensor:
-        return residual if self._metric is None else residual @ self._metric
-
-    def _size(self, residual: Tensor) -> float:
-        return float((residual * self._weighted(residual)).sum(dtype=torch.float64))
 
 
 def _batches(tokens: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

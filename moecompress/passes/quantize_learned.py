@@ -20,7 +20,7 @@ from moecompress.passes.base import Decision, LayerContext
 from moecompress.passes.quantizer import Quantizer
 from moecompress.stats.base import Statistic
 from moecompress.stats.routing import TokenSample
-from moecompress.types import PROJECTIONS, ExpertWeights, LayerWeights, QuantizedTensor, Scheme, Weight
+from moecompress.types import PROJECTIONS, ExpertWeights, LayerFacts, LayerWeights, QuantizedTensor, Scheme, Weight
 
 JUDGES = 16  # one token in so many chooses among the checks and is not learned from
 
@@ -72,6 +72,16 @@ class QuantizeLearned(Quantizer):
 
     def needs(self) -> tuple[Statistic, ...]:
         return (TokenSample(self.samples, self.seed),)
+
+    def statistics_bytes(self, layer: LayerFacts) -> int:
+        """The sample, its copy with targets, and per expert weight: float32 value, offset, moments, codes."""
+        site = layer.site
+        if site is None:
+            return 0
+        weights = site.num_experts * (site.gate_up_rows * site.hidden + site.hidden * site.width)
+        each = 12 + (8 if self.optimizer == "adam" else 0)
+        slots = site.top_k if self.weighting == "none" else 1
+        return super().statistics_bytes(layer) + self.samples * site.hidden * 4 * (1 + 2 * slots) + each * weights
 
     def decide(self, context: LayerContext) -> Decision:
         """Learn the layer's codes and scales. Tensors: `<expert>.<projection>.codes|scales|zeros`, codes packed."""

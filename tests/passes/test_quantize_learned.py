@@ -200,6 +200,15 @@ def test_allocated_widths_are_followed(model: StreamModel) -> None:
         assert [e.projection(name).scheme.bits for e in changed.experts] == widths[name]  # type: ignore[union-attr]
 
 
+def test_the_plan_counts_what_learning_holds(model: StreamModel) -> None:
+    layer = model.facts.layers[1]
+    weights = EXPERTS * 3 * 64 * 32
+    small, large = (QuantizeLearned(samples=n).statistics_bytes(layer) for n in (1000, 2000))
+    plain = QuantizeLearned(samples=1000, optimizer="sign_sgd").statistics_bytes(layer)
+    assert small - plain == 2 * 4 * weights, "Adam has two float32 moments per weight"
+    assert large - small >= 4 * 1000 * 64 * 4, "inputs and targets, once as collected and once shuffled"
+
+
 def test_what_cannot_work_says_what_can(model: StreamModel) -> None:
     here = Setting(model, sample())
     _, changed = here.run(QuantizeLearned(**{**QUICK, "steps": 0}))
