@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moecompress import progress
+
 NOT_MEASURED = "not measured"
 
 
@@ -20,16 +22,8 @@ def data_size(count: int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """4.2 s, 3 min 12 s, 2 h 05 min."""
-    if seconds is None:
-        return NOT_MEASURED
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    """As `progress.duration`, or "not measured"."""
+    return NOT_MEASURED if seconds is None else progress.duration(seconds)
 
 
 def number(value: float | None, digits: int = 4) -> str:
