@@ -19,6 +19,7 @@ from moecompress.planned import Plan, Sweep
 from moecompress.portable import portable_problems
 from moecompress.recipe import Recipe
 from moecompress.reshaped import reshape
+from moecompress.stream.foldable import with_structure
 from moecompress.stream.inventory import Owner, owners
 from moecompress.stream.locate import locate_model
 from moecompress.stream.model import StreamModel, open_model
@@ -52,7 +53,7 @@ def cut_sweeps(passes: tuple[Pass, ...]) -> tuple[Sweep, ...]:
 def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     """Resolve the recipe against its checkpoint. Raises only when the checkpoint cannot be opened at all."""
     root = locate_model(recipe.model, recipe.revision)
-    model = open_model(root, trust_remote_code=recipe.trust_remote_code)
+    model = with_structure(open_model(root, trust_remote_code=recipe.trust_remote_code))
     if model.compressed:
         found = "is already compressed by moecompress"
         raise UnsupportedModel(message(f"model '{recipe.model}'", found, then="start from the original checkpoint"))

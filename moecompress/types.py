@@ -6,7 +6,7 @@ G groups per row, b bits. All classes here are frozen; functions return new valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -183,8 +183,25 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
+class NormFold:
+    """norm: name of the norm's weight inside the layer. offset: 1 for norms that multiply by 1 + weight, else 0.
+
+    readers: names of all other weights [*, H] that read the norm's output (router, shared experts, ...); the routed
+    experts read it always.
+    """
+
+    norm: str
+    offset: float
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ModelFacts:
-    """What is known about the model before any tensor is read."""
+    """What is known about the model before any tensor is read.
+
+    fold_problem(layer): why no scale can leave the norm before this layer's experts, as far as its structure tells.
+    linear_up(layer): whether scaling the up rows scales what `down` receives by as much.
+    """
 
     model_type: str
     architecture: str  # class name
@@ -194,6 +211,8 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...]
     source_bytes: int
     config: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    fold_problem: Callable[[int], str | None] = field(repr=False, compare=False, default=lambda _: None)
+    linear_up: Callable[[int], bool] = field(repr=False, compare=False, default=lambda _: True)
 
     @property
     def moe_layers(self) -> tuple[LayerFacts, ...]:

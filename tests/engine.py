@@ -146,6 +146,13 @@ def write_recipe(folder: Path, model: Path, passes: Sequence[Any] | None = None,
     return path
 
 
+def token_calibration(folder: Path, ids: Tensor) -> dict[str, Any]:
+    """A recipe's `calibration` of exactly these ids [N, T], kept in `folder`."""
+    path = folder / "ids.safetensors"
+    save_file({"ids": ids}, path)
+    return {"source": "tokens", "files": [str(path)], "samples": ids.shape[0], "length": ids.shape[1]}
+
+
 def command(*arguments: object) -> SimpleNamespace:
     """`moecompress ARGUMENTS` in this process: code, out, err."""
     from moecompress.cli import main

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moecompress.stats.base import Statistic
-from moecompress.stream.fold import NormFold
-from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, Scheme, Stream
+from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, NormFold, Scheme, Stream
 
 TARGETS = ("routed_experts", "attention", "shared_experts", "dense_mlp")
 Target = Literal["routed_experts", "attention", "shared_experts", "dense_mlp"]

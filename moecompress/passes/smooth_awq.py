@@ -10,15 +10,24 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from moecompress.errors import UnsupportedModel, message
+from moecompress.errors import message
 from moecompress.numerics.awq import clip_steps, clipped, scale_candidates
 from moecompress.numerics.grids import GridRule, dequantize, round_to_nearest
 from moecompress.passes.base import Decision, LayerContext, Pass, group_problems, input_columns
 from moecompress.passes.quantizer import Bits, positive_group, scheme_of
 from moecompress.stats.base import Statistic
 from moecompress.stats.routing import TokenSample
-from moecompress.stream.fold import NormFold, scaled_inputs
-from moecompress.types import PROJECTIONS, ExpertWeights, LayerFacts, LayerWeights, ModelFacts, MoESite, Projection
+from moecompress.stream.fold import scaled_inputs, up_rows
+from moecompress.types import (
+    PROJECTIONS,
+    ExpertWeights,
+    LayerFacts,
+    LayerWeights,
+    ModelFacts,
+    MoESite,
+    NormFold,
+    Projection,
+)
 
 
 class SmoothAWQ(Pass):
@@ -56,7 +65,21 @@ class SmoothAWQ(Pass):
         return (TokenSample(self.tokens),)
 
     def check(self, facts: ModelFacts) -> list[str]:
-        return group_problems(input_columns(facts, ("routed_experts",)), self.group_size)
+        problems = group_problems(input_columns(facts, ("routed_experts",)), self.group_size)
+        if not (self.shared or self.experts or self.clip):
+            problems.append("nothing is left to do (works: shared: true, experts: true, or clip: true)")
+        found = [self._layer_problems(facts, layer.index) for layer in facts.moe_layers]
+        return problems + next((reasons for reasons in found if reasons), [])
+
+    def _layer_problems(self, facts: ModelFacts, index: int) -> list[str]:
+        reasons = []
+        if self.shared and (reason := facts.fold_problem(index)) is not None:
+            reasons.append(reason)
+        if self.experts and not facts.linear_up(index):
+            found = "this family's activation is not linear in the up projection"
+            where = f"layer {index}: smoothing between up and down"
+            reasons.append(message(where, found, then="set experts: false"))
+        return reasons
 
     def decide(self, context: LayerContext) -> Decision:
         """Tensors: `shared` [H] and `experts` [E, I] scales, `clip.gate_up`, `clip.down` uint8 [E, out, G] steps."""
@@ -72,7 +95,6 @@ class SmoothAWQ(Pass):
             weights = scaled_inputs(weights, fold, tensors["shared"])
             sample = {**sample, "hidden": sample["hidden"].float() / tensors["shared"]}
         if self.experts:
-            _require_linear_up(context)
             found = [self._between(context, weights, sample, number) for number in range(len(weights.experts))]
             tensors["experts"] = torch.stack([scale for scale, _ in found])
             data["expert_ratios"] = [ratio for _, ratio in found]
@@ -185,34 +207,9 @@ def _dense(weight: Any) -> Tensor:
     return dequantize(weight)
 
 
-def _up_rows(site: MoESite) -> slice:
-    """Rows of gate_up that multiply the gate: the second half, every other row, or all where there is no gate."""
-    if not site.gated:
-        return slice(None)
-    return slice(site.width, None) if site.concatenated else slice(1, None, 2)
-
-
-def _require_linear_up(context: LayerContext) -> None:
-    """Raises UnsupportedModel unless scaling the up rows scales the intermediate by as much."""
-    site = context.layer.site
-    assert site is not None
-    values = torch.randn(16, site.gate_up_rows, generator=torch.Generator().manual_seed(0)).double() * 4
-    factors = 2.0 ** torch.arange(-2, site.width - 2).remainder(5).double()
-    scaled = values.clone()
-    scaled[:, _up_rows(site)] *= factors
-    if not torch.allclose(context.activate(scaled), context.activate(values) * factors, rtol=1e-5, atol=1e-6):
-        raise UnsupportedModel(
-            message(
-                f"layer {context.layer.index}: smoothing between up and down",
-                "this family's activation is not linear in the up projection",
-                then="set experts: false",
-            )
-        )
-
-
 def _scaled_between(weights: LayerWeights, site: MoESite, scales: Tensor) -> LayerWeights:
     """Up rows and their biases divided by scales [E, I], down columns multiplied: the same experts."""
-    rows, experts = _up_rows(site), []
+    rows, experts = up_rows(site), []
     for expert, scale in zip(weights.experts, scales, strict=True):
         gate_up, down = _dense(expert.gate_up).clone(), _dense(expert.down)
         gate_up[rows] /= scale.to(gate_up)[:, None]

@@ -6,9 +6,9 @@ a trial scale and comparing the layer's output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,22 +19,9 @@ from moecompress.experts import Experts
 from moecompress.stream.layers import call_layer, filled_layer
 from moecompress.stream.model import StreamModel
 from moecompress.stream.streams import TokenRun
-from moecompress.types import LayerWeights, MoESite, Stream
+from moecompress.types import LayerWeights, MoESite, NormFold, Stream
 
 _TOLERANCE = 1e-4  # of the largest output: float32 rounding through one layer, far below any real mistake
-
-
-@dataclass(frozen=True)
-class NormFold:
-    """norm: name of the norm's weight inside the layer. offset: 1 for norms that multiply by 1 + weight, else 0.
-
-    readers: names of all other weights [*, H] that read the norm's output (router, shared experts, ...); the routed
-    experts read it always.
-    """
-
-    norm: str
-    offset: float
-    readers: tuple[str, ...]
 
 
 def scaled_inputs(weights: LayerWeights, fold: NormFold, scale: Tensor) -> LayerWeights:
@@ -71,35 +58,41 @@ def find_norm_fold(model: StreamModel, weights: LayerWeights, run: TokenRun, str
     hidden = run.store(stream, weights.index).read(run.batches[0].rows[0], run.batches[0].rows[-1] + 1)
     call, where = run.calls[0][weights.index], f"layer {weights.index}"
     with torch.no_grad():
-        with filled_layer(model, weights) as layer, _watched(layer, site) as (made, read):
+        with filled_layer(model, weights) as layer, watched_norms(layer, site) as (made, read):
             wanted = call_layer(layer, hidden, call)
-            fold = _fold_of(layer, site, made, read, where)
+            fold = fold_of(layer, site, made, read, where, _same)
         generator = torch.Generator().manual_seed(0)
         trial = 2.0 ** torch.randint(-1, 2, (site.hidden,), generator=generator)
         with filled_layer(model, scaled_inputs(weights, fold, trial)) as layer:
             found = call_layer(layer, hidden, call)
     if float((found - wanted).abs().max()) > _TOLERANCE * float(wanted.abs().max()):
-        raise _refused(where, f"a scale folded into {fold.norm} changes the layer's output")
+        raise refused(where, f"a scale folded into {fold.norm} changes the layer's output")
     return fold
 
 
-def _fold_of(
-    layer: nn.Module, site: MoESite, made: Mapping[str, Tensor], read: Mapping[str, Tensor], where: str
+def fold_of(
+    layer: nn.Module,
+    site: MoESite,
+    made: Mapping[str, Tensor],
+    read: Mapping[str, Tensor],
+    where: str,
+    same: Callable[[Tensor, Tensor], bool],
 ) -> NormFold:
-    feeding = [name for name, out in made.items() if _same(out, read[site.experts])]
+    """The fold of a layer of which `watched_norms` has seen one run. same: whether two tensors hold the same values."""
+    feeding = [name for name, out in made.items() if same(out, read[site.experts])]
     if not feeding:
-        raise _refused(where, "the experts' input is not the output of a norm")
+        raise refused(where, "the experts' input is not the output of a norm")
     norm = layer.get_submodule(feeding[-1])
     readers, source = [], made[feeding[-1]]
     for name, value in read.items():
-        if name == site.experts or not _same(value, source):
+        if name == site.experts or not same(value, source):
             continue
         weight = layer.get_submodule(name)._parameters.get("weight")
         if weight is None or weight.dim() != 2 or weight.shape[1] != site.hidden:
-            raise _refused(where, f"{name} reads the experts' norm in a way of its own")
+            raise refused(where, f"{name} reads the experts' norm in a way of its own")
         readers.append(f"{name}.weight")
     if not any(name.startswith(f"{site.router}.") for name in readers):
-        raise _refused(where, "the router does not read what the experts read")
+        raise refused(where, "the router does not read what the experts read")
     return NormFold(f"{feeding[-1]}.weight", _offset(norm, source, where, feeding[-1]), tuple(readers))
 
 
@@ -116,12 +109,17 @@ def _offset(norm: nn.Module, output: Tensor, where: str, name: str) -> float:
         norm._parameters["weight"] = weight  # type: ignore[assignment]
         if torch.allclose(after - shift, 2 * (before - shift), rtol=1e-4, atol=1e-6):
             return offset
-    raise _refused(where, f"{name} uses its weight in an unknown way")
+    raise refused(where, f"{name} uses its weight in an unknown way")
 
 
 @contextmanager
-def _watched(layer: nn.Module, site: MoESite) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Outputs of modules with a weight [H] (norms) and inputs of all modules that have weights of their own."""
+def watched_norms(
+    layer: nn.Module, site: MoESite, inside: Callable[[int], None] | None = None
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Outputs of modules with a weight [H] (norms) and inputs of all modules that have weights of their own.
+
+    inside: told +1 when such a module begins to run and -1 when it ends.
+    """
     made: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
     handles = []
@@ -134,15 +132,37 @@ def _watched(layer: nn.Module, site: MoESite) -> Iterator[tuple[dict[str, Tensor
 
     for name, module in layer.named_modules():
         weight = module._parameters.get("weight")
-        if weight is not None and weight.shape == (site.hidden,):
+        norm = weight is not None and weight.shape == (site.hidden,)
+        if norm:
             handles.append(module.register_forward_hook(keep_output(name)))
         elif isinstance(module, Experts) or any(True for _ in module.parameters(recurse=False)):
             handles.append(module.register_forward_pre_hook(keep_input(name)))
+        else:
+            continue
+        if inside is not None:
+            handles.append(module.register_forward_pre_hook(lambda *_: inside(1)))
+            handles.append(module.register_forward_hook(lambda *_: inside(-1)))
     try:
         yield made, read
     finally:
         for handle in handles:
             handle.remove()
+
+
+def linear_in_up(activate: Callable[[Tensor], Tensor], site: MoESite) -> bool:
+    """Whether scaling the up rows of gate_up scales the intermediate by as much. activate: [n, 2I] -> [n, I]."""
+    values = torch.randn(16, site.gate_up_rows, generator=torch.Generator().manual_seed(0)).double() * 4
+    factors = 2.0 ** torch.arange(-2, site.width - 2).remainder(5).double()
+    scaled = values.clone()
+    scaled[:, up_rows(site)] *= factors
+    return torch.allclose(activate(scaled), activate(values) * factors, rtol=1e-5, atol=1e-6)
+
+
+def up_rows(site: MoESite) -> slice:
+    """Rows of gate_up that multiply the gate: the second half, every other row, or all where there is no gate."""
+    if not site.gated:
+        return slice(None)
+    return slice(site.width, None) if site.concatenated else slice(1, None, 2)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -164,7 +184,8 @@ def _too_late(layer: int, name: str) -> RecipeError:
     return RecipeError(message(f"layer {layer} {name}", "is quantized already", then="smooth before quantizing"))
 
 
-def _refused(where: str, reason: str) -> UnsupportedModel:
+def refused(where: str, reason: str) -> UnsupportedModel:
+    """The error for a layer whose norm takes no scale."""
     return UnsupportedModel(
         message(f"{where}: smoothing of the experts' inputs", reason, then="set shared: false, or leave the pass out")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from moecompress.errors import RecipeError, UnsupportedModel
+from moecompress.errors import RecipeError
 from moecompress.passes.base import Decision
 from moecompress.passes.quantize_gptq import QuantizeGPTQ
 from moecompress.passes.quantize_rtn import QuantizeRTN
 from moecompress.passes.smooth_awq import SmoothAWQ
+from moecompress.plan import make_plan
+from moecompress.recipe import load_recipe
 from moecompress.types import ExpertWeights, LayerWeights, MoESite, QuantizedTensor
 
 IDS = engine.random_ids(4, 24)
@@ -95,20 +98,22 @@ def test_the_function_stays_in_float64(model_type: str, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "gemma4_text": ({}, "router does not read what the experts read"),
+    "gemma4_text": ({}, "router does not read what the experts read.*shared: false"),
+    "minimax": ({}, "the layer itself computes with the output.*shared: false"),
     "gpt_oss": ({}, "not linear in the up projection.*set experts: false"),
     "nemotron_h": ({"shared": False}, "not linear in the up projection"),
+    "qwen3_moe": ({"shared": False, "experts": False}, "nothing is left to do"),
 }
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_what_cannot_be_folded_is_refused(model_type: str, tmp_path: Path) -> None:
+def test_what_cannot_be_folded_is_refused_by_the_plan(model_type: str, tmp_path: Path) -> None:
     options, reason = REFUSED[model_type]
-    path = families.save_tiny(model_type, tmp_path / "model", torch.float32)
-    at = layers.at_layer(path, IDS, tmp_path)
-    at = layers.at_layer(path, IDS, tmp_path, index=at.model.facts.moe_layers[-1].index)
-    with pytest.raises(UnsupportedModel, match=reason):
-        at.process(awq(**options))
+    path = families.save_tiny(model_type, tmp_path / "model")
+    passes = [{"smooth.awq": {"group_size": 16, **options}}, {"quantize.rtn": {"group_size": 16}}]
+    recipe = engine.write_recipe(tmp_path, path, passes, calibration=engine.token_calibration(tmp_path, IDS))
+    problems = make_plan(load_recipe(recipe)).problems
+    assert len(problems) == 1 and re.search(f"smooth.awq: .*{reason}", problems[0]), problems
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from moecompress.errors import UnsupportedModel
-from moecompress.stream.fold import NormFold, find_norm_fold, scaled_inputs
+from moecompress.stream.fold import find_norm_fold, scaled_inputs
+from moecompress.stream.foldable import with_structure
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.stream.streams import run_layer
-from moecompress.types import ExpertWeights, LayerWeights
+from moecompress.types import ExpertWeights, LayerWeights, NormFold
 
 FOUND = {
     "mixtral": NormFold("post_attention_layernorm.weight", 0.0, ("mlp.gate.weight",)),
@@ -70,12 +71,22 @@ def test_every_family_folds_or_says_why(model_type: str, tmp_path: Path) -> None
     if model_type not in engine.STREAMED:
         pytest.skip("this family is not streamed at all")
     path = families.save_tiny(model_type, tmp_path / "model", torch.float32)
+    facts = with_structure(open_model(path)).facts
+    told = [facts.fold_problem(layer.index) for layer in facts.moe_layers]
     try:
         _, weights, found = fold_of(path, tmp_path)
     except UnsupportedModel as reason:
         assert "Next: set shared: false" in str(reason)
+        assert told[-1 if model_type != "qwen4_exp_text" else 0] is not None, "the plan lets it pass"
         return
     assert found.norm in weights.tensors and all(name in weights.tensors for name in found.readers)
+    assert told == [None] * len(told), "the plan refuses what works"
+
+
+def test_a_norm_that_is_also_the_residual_is_told_without_weights(tmp_path: Path) -> None:
+    """minimax adds the experts' output to the norm's own output: no module reads it, the layer does."""
+    facts = with_structure(open_model(families.save_tiny("minimax", tmp_path / "model"))).facts
+    assert "the layer itself computes with the output of post_attention_layernorm.weight" in str(facts.fold_problem(0))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
