@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from moecompress import ops
 from moecompress.fingerprint import versions
 from moecompress.report.text import data_size
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 _MEMINFO = Path("/proc/meminfo")
-_LATER = "compiled kernels are not part of this version"
 
 
 def doctor() -> dict[str, Any]:
@@ -59,11 +59,11 @@ def devices() -> list[dict[str, Any]]:
 
 def kernels() -> list[dict[str, Any]]:
     """Backends in order of preference, each with the reason why it can or cannot run."""
-    return [
-        {"backend": "compiled cpu", "available": False, "reason": _LATER},
-        {"backend": "compiled cuda", "available": False, "reason": _LATER},
-        {"backend": "torch reference", "available": True, "reason": "runs wherever PyTorch runs"},
-    ]
+    rows: list[dict[str, Any]] = []
+    for name in (*ops.ORDER, ops.TORCH):
+        reason = ops.unavailable(name)
+        rows.append({"backend": name, "available": reason is None, "reason": reason or ops.backend(name).describe()})
+    return rows
 
 
 def render(facts: dict[str, Any]) -> str:

@@ -2,22 +2,26 @@
 
 It stands where transformers' stacked experts stood and is called the same way, `(hidden [T, H], ids [T, K],
 weights [T, K]) -> [T, H]`. Weights may be dense in any dtype or quantized, per expert; at most one expert is expanded
-at a time and `[E, T, H]` never exists. The id `E` (number of experts) means "skip this slot".
+at a time and `[E, T, H]` never exists. The id `E` (number of experts) means "skip this slot". Packed weights are given
+to a kernel backend when one can run them (ops.py), and stay on the path above otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moecompress import ops
+from moecompress.arch.activation import recognise
 from moecompress.checkpoint.native import LINEAR, RecordLayout, decode, decode_linear
 from moecompress.errors import CheckpointError, message
-from moecompress.numerics.grids import dequantize
-from moecompress.types import ExpertWeights, Projection, QuantizedTensor, Weight
+from moecompress.ops import Layer, materialise, routed_slots
+from moecompress.packed import Packed
+from moecompress.types import ExpertWeights, Projection
 
 
 class ExpertObserver(Protocol):
@@ -30,29 +34,6 @@ class ExpertObserver(Protocol):
         self, expert: int, rows: Tensor, weights: Tensor, inputs: Tensor, intermediate: Tensor, outputs: Tensor
     ) -> None:
         """rows int64 [n], weights [n], inputs [n, H], intermediate [n, I], unweighted outputs [n, H]."""
-
-
-def materialise(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The matrix in `dtype`: dequantized, or cast (no copy when it already has that dtype)."""
-    return dequantize(weight, dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
-
-
-def routed_slots(ids: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, token rows, slots) for every expert that is hit, ascending; rows ascending; sentinel ids skipped.
-
-    ids: int64 [T, K]. Raises ValueError for ids outside [0, E].
-    """
-    flat = ids.reshape(-1)
-    if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) <= num_experts):
-        raise ValueError(message("expert ids", f"[{int(flat.min())}, {int(flat.max())}]", f"0..{num_experts}"))
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
-    start = 0
-    for expert in range(num_experts):
-        if counts[expert]:
-            at = order[start : start + counts[expert]]
-            yield expert, at // ids.shape[1], at % ids.shape[1]
-        start += counts[expert]
 
 
 class Experts(nn.Module):
@@ -126,7 +107,7 @@ class Experts(nn.Module):
         return out
 
 
-class PackedExperts(Experts):
+class PackedExperts(Packed, Experts):
     """Experts whose weights stay in native records: parameters `rec0..`, `slot_map`, the guard, and dense biases.
 
     Parameter names avoid words that transformers forces to float32 (scale, norm, bias, base). The guard is called
@@ -162,6 +143,7 @@ class PackedExperts(Experts):
                 bias = getattr(original, f"{name}_bias")
                 made.register_parameter(f"{name}_bias", _frozen(bias.new_empty(number, *bias.shape[1:])))
         made.layouts = tuple(layouts)
+        made.start_packed()
         for k, (layout, count) in enumerate(zip(layouts, counts, strict=True)):
             made.register_parameter(f"rec{k}", _frozen(torch.empty(count, layout.row_bytes, dtype=torch.uint8)))
         made.slot_map = _frozen(torch.empty(number, 2, dtype=torch.int32))
@@ -172,12 +154,33 @@ class PackedExperts(Experts):
         return int(self.slot_map.shape[0])
 
     def expert(self, index: int) -> ExpertWeights:
-        k, row = self.slot_map[index].tolist()
-        weights = decode(self.layouts[k], getattr(self, f"rec{k}")[row])
+        weights = decode(self.layouts[int(self.slot_map[index, 0])], self.record(index))
         if not self.has_bias:
             return weights
         biases = [getattr(self, f"{name}_bias")[index] for name in _projections(self)]
         return ExpertWeights(weights.gate_up, weights.down, *biases)
+
+    def slots(self) -> Tensor:
+        return self.slot_map
+
+    def biases(self) -> list[Tensor]:
+        return [getattr(self, f"{name}_bias").data for name in _projections(self)] if self.has_bias else []
+
+    def described(self) -> Layer | str:
+        if getattr(self, "has_post_expert_norm", False):
+            return "the family norms the output of every expert"
+        activation = recognise(self)
+        if activation is None:
+            return f"the activation of {type(self).__name__} is none that kernels know"
+        return ops.describe_layer(self.layouts, len(self), activation, self.has_bias)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.observer is not None or not self.compiled(hidden_states):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        assert self.choice is not None
+        ids = top_k_index.reshape(-1, top_k_index.shape[-1])
+        weights = top_k_weights.reshape(ids.shape)
+        return ops.moe_mlp(hidden_states, ids, weights, self.handle, self.choice.backend, self.text)
 
     @torch.no_grad()
     def unpack_into(self, stock: nn.Module, dtype: torch.dtype) -> None:
@@ -195,8 +198,8 @@ class PackedExperts(Experts):
             stock.add_module(name, child)
 
 
-class PackedLinear(nn.Module):
-    """A Linear whose weight stays in a native record `rec0` uint8 [1, R] and is expanded when it is used."""
+class PackedLinear(Packed):
+    """A Linear whose weight stays in a native record `rec0` uint8 [1, R]; expanded when used, where no kernel fits."""
 
     def __init__(self, original: nn.Linear, layout: RecordLayout, where: str) -> None:
         """Empty, on the default device. Raises CheckpointError, naming `where`, when the record has another shape."""
@@ -205,7 +208,8 @@ class PackedLinear(nn.Module):
         if stored != shape:
             found = f"its record holds {list(stored)}"
             raise CheckpointError(message(where, found, f"{list(shape)} (config.json)"))
-        self.out_features, self.in_features, self.layout = *shape, layout
+        self.out_features, self.in_features, self.layouts = *shape, (layout,)
+        self.start_packed()
         self.dtype = original.weight.dtype
         self.rec0 = _frozen(torch.empty(1, layout.row_bytes, dtype=torch.uint8))
         self.guard = _frozen(torch.empty(1, dtype=torch.uint8))
@@ -213,7 +217,7 @@ class PackedLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in]."""
-        return materialise(decode_linear(self.layout, self.rec0[0]), dtype)
+        return materialise(decode_linear(self.layouts[0], self.record(0)), dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -221,10 +225,14 @@ class PackedLinear(nn.Module):
         return self.dense(self.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.dense(inputs.dtype), self.bias)
+        if not self.compiled(inputs):
+            return F.linear(inputs, self.dense(inputs.dtype), self.bias)
+        assert self.choice is not None
+        out = ops.packed_linear(inputs, self.handle, self.choice.backend, self.text)
+        return out if self.bias is None else out + self.bias
 
     def __repr__(self) -> str:
-        scheme = self.layout.matrix(LINEAR).scheme
+        scheme = self.layouts[0].matrix(LINEAR).scheme
         return f"PackedLinear(in_features={self.in_features}, out_features={self.out_features}, bits={scheme.bits})"
 
 

@@ -239,6 +239,6 @@ def test_at_most_one_expert_is_expanded_at_a_time(monkeypatch: pytest.MonkeyPatc
         alive.append(sum(ref() is not None for ref in made))
         return dense
 
-    monkeypatch.setattr("moecompress.experts.dequantize", watched)
+    monkeypatch.setattr("moecompress.ops.dequantize", watched)
     module(*routing(64))
     assert len(made) == 16 and max(alive) <= 2  # gate_up and down of one expert

@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "memory", "progress", "sizes", "types"),
     ("checkpoint", "numerics", "stats"),
     ("arch", "ops"),
-    ("experts", "stream", "calib", "load"),
+    ("packed", "experts", "stream", "calib", "load"),
     ("passes",),
     (
         "recipe",

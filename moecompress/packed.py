@@ -1,0 +1,111 @@
+"""Modules whose weights are native records: who holds the bytes while they run, and how they come back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecompress import ops
+from moecompress.checkpoint.native import RecordLayout
+from moecompress.ops import TORCH, Choice, Layer
+
+
+class Packed(nn.Module):
+    """Native records `rec0..` in a module, which a backend may hold in its own layout instead.
+
+    While a backend holds them, the parameters `rec<k>` are empty. `restore` puts the records back, byte for byte; it is
+    called before the state is read, loaded or moved, so that saving and `.to(device)` see records only.
+    """
+
+    layouts: tuple[RecordLayout, ...]
+    choice: Choice | None
+    handle: list[Tensor]
+    layer: Layer | None
+    text: str  # of the layer, which is how operators take it
+
+    def start_packed(self) -> None:
+        self.choice, self.handle, self.layer, self.text = None, [], None, ""
+        self.register_state_dict_pre_hook(_restore)
+        self.register_load_state_dict_pre_hook(_restore)
+
+    def described(self) -> Layer | str:
+        """The layer as backends see it, or the reason why it cannot be told. Here: one Linear."""
+        return ops.describe_layer(self.layouts, 1)
+
+    def slots(self) -> Tensor:
+        """int32 [E, 2] = (k, row). Here: the one record of a Linear."""
+        return torch.zeros(1, 2, dtype=torch.int32)
+
+    def biases(self) -> list[Tensor]:
+        """Those that the backend is to add. Here: none, a Linear adds its own."""
+        return []
+
+    @torch.no_grad()
+    def prepare(self) -> Choice:
+        """Choose a backend and give it the records. Once; again after `restore`."""
+        if self.choice is not None:
+            return self.choice
+        records = [getattr(self, f"rec{k}") for k in range(len(self.layouts))]
+        described = self.described()
+        if isinstance(described, str):
+            self.choice = Choice(TORCH, tuple((name, described) for name in ops.ORDER))
+            return self.choice
+        self.choice, self.layer = ops.choose(described, records[0].device), described
+        self.text = described.text
+        if self.choice.backend != TORCH:
+            values = [record.data for record in records]
+            self.handle = ops.backend(self.choice.backend).prepare(described, values, self.slots().data, self.biases())
+            for record in records:
+                record.data = record.new_empty(record.shape[0], 0)
+        return self.choice
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Take the records back from the backend."""
+        if self.handle:
+            counts = [getattr(self, f"rec{k}").shape[0] for k in range(len(self.layouts))]
+            for k, (count, layout) in enumerate(zip(counts, self.layouts, strict=True)):
+                getattr(self, f"rec{k}").data = self.handle[0].new_empty(count, layout.row_bytes, dtype=torch.uint8)
+            for index, (k, row) in enumerate(self.slots().tolist()):
+                getattr(self, f"rec{k}").data[row] = self.record(index)
+        self.choice, self.handle, self.layer, self.text = None, [], None, ""
+
+    def record(self, index: int) -> Tensor:
+        """One record, uint8 [R], whoever holds it."""
+        if self.handle:
+            assert self.choice is not None and self.layer is not None
+            return ops.backend(self.choice.backend).record(self.layer, self.handle, index)
+        k, row = self.slots()[index].tolist()
+        return getattr(self, f"rec{k}")[row]  # type: ignore[no-any-return]
+
+    def compiled(self, inputs: Tensor) -> bool:
+        """Whether a backend other than torch runs this call; prepares at the first one."""
+        if getattr(getattr(self, "_hf_hook", None), "offload", False):
+            return False  # its weights come and go with every call
+        if self.choice is None:
+            self.prepare()
+        return (
+            bool(self.handle) and inputs.dtype in ops.DTYPES and not (torch.is_grad_enabled() and inputs.requires_grad)
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.restore()
+        return super()._apply(fn, recurse)
+
+
+def _restore(module: Packed, *_: Any) -> None:
+    module.restore()
+
+
+def backends(model: nn.Module) -> list[str]:
+    """Which backends run the packed modules of a model and why not better ones, most modules first; [] without any."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, Packed):
+            choice = module.prepare()
+            reasons = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused)
+            found[f"{choice.backend}, {ops.backend(choice.backend).describe()} ({reasons or 'the best'})"] += 1
+    return [f"{count} packed modules by {text}" for text, count in found.most_common()]
