@@ -16,7 +16,7 @@ from moecompress.stream.fold import find_norm_fold
 from moecompress.stream.hidden import HiddenStore
 from moecompress.stream.layers import experts_of
 from moecompress.stream.streams import run_layer
-from moecompress.types import ExpertWeights, LayerWeights
+from moecompress.types import ExpertWeights, LayerWeights, Scheme
 
 
 def set_of(job: Job, step: Pass) -> str:
@@ -29,9 +29,9 @@ def layer_context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finis
     """The context of one layer: `layer` is its module, filled with `weights`."""
     facts = job.model.facts_of(weights)
 
-    def forward(candidate: ExpertWeights, inputs: Tensor) -> Tensor:
+    def forward(candidate: ExpertWeights, inputs: Tensor, scheme: Scheme | None = None) -> Tensor:
         assert facts.site is not None
-        return experts_of(layer, facts.site.experts).run_expert(candidate, inputs)[1]
+        return experts_of(layer, facts.site.experts).run_expert(candidate, inputs, scheme)[1]
 
     def activate(projected: Tensor) -> Tensor:
         assert facts.site is not None
@@ -45,6 +45,7 @@ def layer_context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finis
         statistics=finished,
         scale_dtype=dtype,
         forward=forward,
+        forward_rounded=forward,
         activate=activate,
         block_error=_block_error(job, step, weights.index),
         allocation=_allocation(job, step, weights.index),

@@ -18,10 +18,12 @@ from torch.nn import functional as F
 from moecompress import ops
 from moecompress.arch.activation import recognise
 from moecompress.checkpoint.native import LINEAR, RecordLayout, decode, decode_linear
-from moecompress.errors import CheckpointError, message
+from moecompress.errors import CheckpointError, UnsupportedModel, message
+from moecompress.numerics.activation import rounded_as
+from moecompress.numerics.turn import turned
 from moecompress.ops import Layer, materialise, routed_slots
 from moecompress.packed import Packed
-from moecompress.types import ExpertWeights, Projection
+from moecompress.types import ExpertWeights, Projection, QuantizedTensor, Scheme
 
 
 class ExpertObserver(Protocol):
@@ -33,7 +35,20 @@ class ExpertObserver(Protocol):
     def on_expert(
         self, expert: int, rows: Tensor, weights: Tensor, inputs: Tensor, intermediate: Tensor, outputs: Tensor
     ) -> None:
-        """rows int64 [n], weights [n], inputs [n, H], intermediate [n, I], unweighted outputs [n, H]."""
+        """rows int64 [n], weights [n], inputs [n, H], intermediate [n, I], unweighted outputs [n, H].
+
+        inputs, intermediate: as gate_up and down receive them (`received`)."""
+
+
+def received(weights: ExpertWeights, projection: Projection, inputs: Tensor, scheme: Scheme | None = None) -> Tensor:
+    """What one matrix of an expert multiplies: its inputs [n, c] in its basis, then rounded as its scheme says.
+
+    scheme: for a matrix without codes, how it will be stored; None = as it is, with full inputs.
+    """
+    weight, turn = weights.projection(projection), weights.turn(projection)
+    inputs = inputs if turn is None else turned(inputs, turn)
+    scheme = weight.scheme if isinstance(weight, QuantizedTensor) else scheme
+    return inputs if scheme is None else rounded_as(scheme, inputs)
 
 
 class Experts(nn.Module):
@@ -75,14 +90,18 @@ class Experts(nn.Module):
         """[n, 2I] (or [n, I] without a gate) -> [n, I], by the family's own rule."""
         return self._apply_gate(projected) if self.has_gate else self.act_fn(projected)  # type: ignore[operator]
 
-    def run_expert(self, weights: ExpertWeights, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """One expert on `inputs` [n, H]: (intermediate [n, I], output [n, H]), routing weight not applied."""
+    def run_expert(self, weights: ExpertWeights, inputs: Tensor, scheme: Scheme | None = None) -> tuple[Tensor, Tensor]:
+        """One expert on `inputs` [n, H]: (what `down` received [n, I], output [n, H]), routing weight not applied.
+
+        scheme: rounds the inputs of matrices without codes as it will once they have some.
+        """
         dtype = inputs.dtype
         up_bias, down_bias = weights.gate_up_bias, weights.down_bias
+        inputs = received(weights, "gate_up", inputs, scheme)
         projected = F.linear(
             inputs, materialise(weights.gate_up, dtype), None if up_bias is None else up_bias.to(dtype)
         )
-        intermediate = self.activate(projected)
+        intermediate = received(weights, "down", self.activate(projected), scheme)
         output = F.linear(
             intermediate, materialise(weights.down, dtype), None if down_bias is None else down_bias.to(dtype)
         )
@@ -99,8 +118,10 @@ class Experts(nn.Module):
         for expert, rows, slots in routed_slots(ids, len(self)):
             inputs = hidden_states[rows]
             gates = weights[rows, slots]
-            intermediate, output = self.run_expert(self.expert(expert), inputs)
+            matrices = self.expert(expert)
+            intermediate, output = self.run_expert(matrices, inputs)
             if self.observer is not None:
+                inputs = received(matrices, "gate_up", inputs)
                 self.observer.on_expert(expert, rows, gates, inputs, intermediate, output)
             weighted = (output * gates[:, None].to(output.dtype)).to(out.dtype)
             out.scatter_add_(0, rows[:, None].expand(-1, out.shape[1]), weighted)  # 4 to 20 times index_add's speed
@@ -184,7 +205,13 @@ class PackedExperts(Packed, Experts):
 
     @torch.no_grad()
     def unpack_into(self, stock: nn.Module, dtype: torch.dtype) -> None:
-        """Give `stock`, the family's own (empty) module for as many experts, these weights in `dtype`."""
+        """Give `stock`, the family's own (empty) module for as many experts, these weights in `dtype`.
+
+        Raises UnsupportedModel where inputs are rounded, which the family's own module cannot do.
+        """
+        for layout in self.layouts:
+            for _, described in layout.matrices:
+                _require_full_inputs(described.scheme)
         for name, projection in _projections(self).items():
             shape = getattr(stock, name).shape
             dense = torch.empty(shape, dtype=dtype, device=self.slot_map.device)
@@ -215,25 +242,39 @@ class PackedLinear(Packed):
         self.guard = _frozen(torch.empty(1, dtype=torch.uint8))
         self.bias = original.bias
 
+    @property
+    def scheme(self) -> Scheme:
+        return self.layouts[0].matrix(LINEAR).scheme
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in]."""
         return materialise(decode_linear(self.layouts[0], self.record(0)), dtype)
 
     @property
     def weight(self) -> Tensor:
-        """The weight in the model's dtype, expanded: some families read it instead of calling the module."""
+        """The weight in the model's dtype, expanded: some families read it instead of calling the module.
+
+        Raises UnsupportedModel where inputs are rounded: who multiplies by himself would not round them.
+        """
+        _require_full_inputs(self.scheme)
         return self.dense(self.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.compiled(inputs):
-            return F.linear(inputs, self.dense(inputs.dtype), self.bias)
+            return F.linear(rounded_as(self.scheme, inputs), self.dense(inputs.dtype), self.bias)
         assert self.choice is not None
         out = ops.packed_linear(inputs, self.handle, self.choice.backend, self.text)
         return out if self.bias is None else out + self.bias
 
     def __repr__(self) -> str:
-        scheme = self.layouts[0].matrix(LINEAR).scheme
-        return f"PackedLinear(in_features={self.in_features}, out_features={self.out_features}, bits={scheme.bits})"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"PackedLinear({sizes}, bits={self.scheme.bits}, activation={self.scheme.activation})"
+
+
+def _require_full_inputs(scheme: Scheme) -> None:
+    if scheme.activation != "none":
+        found = f"its inputs are rounded to {scheme.activation}"
+        raise UnsupportedModel(message("dense weights of a packed matrix", found, then="run it packed"))
 
 
 def _projections(experts: Any) -> dict[str, Projection]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moecompress.checkpoint.native import MatrixLayout, RecordLayout, decode, decode_linear, plan_record
 from moecompress.errors import message
+from moecompress.numerics.activation import rounded_as
 from moecompress.numerics.grids import dequantize
 from moecompress.types import PROJECTIONS, QuantizedTensor, Scheme, Weight
 from moecompress_kernels.layer import Activation, Layer, Matrix, Record, Values, parse
@@ -114,8 +115,8 @@ def _matrix(layout: MatrixLayout) -> Matrix:
         values = scheme.zero
     offsets = [part.offset if part else -1 for part in (layout.codes, layout.scales, layout.zeros)]
     group, dtype = columns // scheme.groups(columns), str(layout.dtype).removeprefix("torch.")
-    rounding = _BITS_OF[scheme.activation]
-    return Matrix(rows, columns, scheme.bits, group, cast(Values, values), dtype, *offsets, rounding)
+    inputs = (_BITS_OF[scheme.activation], scheme.activation_clip)
+    return Matrix(rows, columns, scheme.bits, group, cast(Values, values), dtype, *offsets, *inputs)
 
 
 def moe_mlp(hidden: Tensor, ids: Tensor, weights: Tensor, handle: Sequence[Tensor], name: str, layer: str) -> Tensor:
@@ -218,7 +219,8 @@ class TorchReference:
 
 
 def _linear(inputs: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """A float32 product with the matrix as it is stored."""
+    """A float32 product with the matrix as it is stored, its inputs rounded as its scheme says."""
+    inputs = rounded_as(weight.scheme, inputs) if isinstance(weight, QuantizedTensor) else inputs
     return F.linear(inputs, materialise(weight, torch.float32), None if bias is None else bias.float())
 
 
@@ -229,7 +231,8 @@ def _layout(record: Record, names: tuple[str, ...]) -> RecordLayout:
     for name, m in zip(names, record.matrices, strict=True):
         zero = m.values if m.values in ("int", "float") else "none"
         group = -1 if m.group == m.columns else m.group
-        scheme = Scheme(m.bits, group, zero == "none", zero, m.values == "binary", words[m.rounding])  # type: ignore[arg-type]
+        inputs = (words[m.rounding], m.clip)
+        scheme = Scheme(m.bits, group, zero == "none", zero, m.values == "binary", *inputs)  # type: ignore[arg-type]
         rows.append((name, (m.rows, m.columns), scheme, getattr(torch, m.dtype)))
     return plan_record(rows)
 

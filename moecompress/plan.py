@@ -142,6 +142,9 @@ def _format(
     quantized = any(schemes.values())
     if wanted in ("native", "portable") and not quantized and not problems:
         problems.append(message("output.format", f"{wanted}, but nothing is quantized", "dense", "use format: dense"))
+    if wanted == "dense" and any(s.activation != "none" for chosen in schemes.values() for s in chosen.values()):
+        found = "dense, whose matrices would run with full activations (activation_bits)"
+        problems.append(message("output.format", found, "native"))
     if wanted in ("dense", "native") or not quantized:
         return "native" if wanted == "native" else "dense"
     unfit = portable_problems(model, schemes)
@@ -273,4 +276,5 @@ def _describe(scheme: Scheme, output: Format) -> str:
     group = "per channel" if scheme.group_size == -1 else f"group {scheme.group_size}"
     kind = "binary" if scheme.binary else "symmetric" if scheme.symmetric else "asymmetric"
     rounded = ", written dense" if output == "dense" else ""
-    return f"quantize {scheme.bits}-bit {kind}, {group}{rounded}"
+    inputs = "" if scheme.activation == "none" else f", inputs {scheme.activation}"
+    return f"quantize {scheme.bits}-bit {kind}, {group}{inputs}{rounded}"

@@ -36,7 +36,8 @@ class Scheme:
     group_size: input columns that share one scale; -1 = the whole row.
     symmetric: no zero point; `zero` says what kind of zero point otherwise.
     binary: 1-bit codes mean -scale / +scale (and only then).
-    activation: how the input of this matrix is rounded at run time.
+    activation: how the input of this matrix is rounded at run time, per token (numerics.activation).
+    activation_clip: share of a token's largest |value| that the rounding of its inputs covers.
     """
 
     bits: int
@@ -45,6 +46,7 @@ class Scheme:
     zero: Zero = "none"
     binary: bool = False
     activation: Activation = "none"
+    activation_clip: float = 1.0
 
     def __post_init__(self) -> None:
         if self.bits not in (*BITS, 16):
@@ -55,6 +57,13 @@ class Scheme:
             raise ValueError(f"symmetric={self.symmetric} contradicts zero={self.zero!r}")
         if self.binary and not (self.bits == 1 and self.symmetric):
             raise ValueError("binary codes are 1-bit and symmetric")
+        if not 0 < self.activation_clip <= 1 or (self.activation == "none" and self.activation_clip != 1):
+            raise ValueError(f"activation_clip {self.activation_clip}; allowed: above 0, at most 1; 1 without rounding")
+
+    @property
+    def activation_bits(self) -> int | None:
+        """4 or 8; None when inputs are used as they are."""
+        return None if self.activation == "none" else int(self.activation.removeprefix("int"))
 
     def groups(self, columns: int) -> int:
         """Groups per row of a matrix with `columns` inputs. Raises ValueError when the size does not divide."""
@@ -88,18 +97,38 @@ class QuantizedTensor:
 Weight = Tensor | QuantizedTensor
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """An orthogonal change of basis of what one matrix [out, c] receives, applied while the model runs.
+
+    x -> x T: blocks of b columns times `first`, columns taken in `order`, blocks times `second` (numerics.turn).
+    first, second: float32 [b, b], b divides c. order: int32 [c], a permutation. None = left out.
+    The matrix is stored turned by the same T, so that the product stays what it was.
+    """
+
+    first: Tensor
+    order: Tensor | None = None
+    second: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """One routed expert in canonical (Linear) layout, whatever the family stores.
 
     gate_up: [2I, H] (rows as the family orders them: concatenated or interleaved), or [I, H] where there is no gate.
     down: [H, I]. Biases: [2I] and [H], or None. The real hidden size of the experts may differ from the model's.
+    gate_up_turn, down_turn: how the matrix's input is turned before it; the matrix is stored in that basis.
     """
 
     gate_up: Weight
     down: Weight
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    gate_up_turn: Turn | None = None
+    down_turn: Turn | None = None
+
+    def turn(self, name: Projection) -> Turn | None:
+        return self.gate_up_turn if name == "gate_up" else self.down_turn
 
     def projection(self, name: Projection) -> Weight:
         return self.gate_up if name == "gate_up" else self.down

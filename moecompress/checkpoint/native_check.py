@@ -92,7 +92,7 @@ def _check_module(
     found: Mapping[str, set[str]],
     guard: str,
 ) -> None:
-    """Its records are exactly rec0..rec<n-1>, the guard is there, and inputs are used as they are."""
+    """Its records are exactly rec0..rec<n-1>, and the guard is there."""
     wanted = {f"rec{k}" for k in range(len(layouts))}
     missing, extra = sorted(wanted - found.get(module, set())), sorted(found.get(module, set()) - wanted)
     if missing:
@@ -101,11 +101,6 @@ def _check_module(
         allowed = f"rec0 to rec{len(layouts) - 1} (config.json)"
         raise CheckpointError(message(f"{index.root}: {module}.{extra[0]}", "is not in config.json", allowed))
     _expect(index, f"{module}.{guard}", torch.uint8, (1,))
-    for layout in layouts:
-        for name, matrix in layout.matrices:
-            if matrix.scheme.activation != "none":
-                wrong = f"{name} rounds its inputs to {matrix.scheme.activation}"
-                raise CheckpointError(message(f"{index.root}: {module}", wrong, "none", "upgrade moecompress"))
 
 
 def _expect(index: CheckpointIndex, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -138,11 +138,13 @@ def _matrix_to_json(matrix: MatrixLayout) -> dict[str, Any]:
         str(matrix.dtype).removeprefix("torch."),
         *(None if part is None else part.offset for part in (matrix.codes, matrix.scales, matrix.zeros)),
     )
-    return dict(zip(_MATRIX_KEYS, values, strict=True))
+    clip = {} if scheme.activation == "none" else {"activation_clip": scheme.activation_clip}
+    return dict(zip(_MATRIX_KEYS, values, strict=True)) | clip
 
 
 def _described(block: dict[str, Any], where: str) -> tuple[tuple[int, int], Scheme, torch.dtype]:
-    _exact(block, _MATRIX_KEYS, where)
+    rounds = block.get("activation", "none") != "none"
+    _exact(block, (*_MATRIX_KEYS, *["activation_clip"] * rounds), where)
     shape = _typed(block["shape"], list, f"{where}.shape")
     if len(shape) != 2 or not all(is_count(size) and 0 < size <= _MAX_SIZE for size in shape):
         raise CheckpointError(message(f"{where}.shape", short(repr(shape)), "[out, in]"))
@@ -151,9 +153,10 @@ def _described(block: dict[str, Any], where: str) -> tuple[tuple[int, int], Sche
     binary = _typed(block["binary"], bool, f"{where}.binary")
     zero = _word(block["zero"], ("none", "int", "float"), f"{where}.zero")
     activation = _word(block["activation"], ("none", "int4", "int8"), f"{where}.activation")
+    clip = _typed(block["activation_clip"], float, f"{where}.activation_clip") if rounds else 1.0
     dtype = _DTYPES[_word(block["dtype"], tuple(_DTYPES), f"{where}.dtype")]
     try:
-        scheme = Scheme(bits, group_size, zero == "none", cast(Any, zero), binary, cast(Any, activation))
+        scheme = Scheme(bits, group_size, zero == "none", cast(Any, zero), binary, cast(Any, activation), clip)
     except ValueError as error:
         raise CheckpointError(message(where, short(str(error)))) from None
     if bits == 16 and scheme != Scheme(16):

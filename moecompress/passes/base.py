@@ -42,6 +42,7 @@ class Decision:
 
 
 Forward = Callable[[ExpertWeights, Tensor], Tensor]
+ForwardRounded = Callable[[ExpertWeights, Tensor, Scheme], Tensor]
 RowsToHidden = Callable[[Tensor], Tensor]
 Collect = Callable[[Sequence[Statistic], LayerWeights], Mapping[str, Mapping[str, Tensor]]]
 
@@ -52,6 +53,7 @@ class LayerContext:
 
     weights: the layer as the passes before left it. statistics: finished, by name, on the pass's stream.
     forward: one expert with candidate weights on inputs [n, H] -> outputs [n, H], by the family's own activation.
+    forward_rounded: the same with the inputs of matrices that have no codes yet rounded as the scheme says.
     activate: the expert's activation, [n, 2I] (or [n, I]) -> [n, I], differentiable.
     scale_dtype: the dtype in which scales are stored. generator: independent of order and of resuming.
     block_error: rows int64 [m] (global token positions) -> float32 [m, H], the original stream's layer output minus the
@@ -71,6 +73,7 @@ class LayerContext:
     statistics: Mapping[str, Mapping[str, Tensor]]
     scale_dtype: torch.dtype
     forward: Forward
+    forward_rounded: ForwardRounded
     activate: Callable[[Tensor], Tensor]
     generator: Callable[..., torch.Generator]
     block_error: RowsToHidden

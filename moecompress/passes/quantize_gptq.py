@@ -29,9 +29,9 @@ class QuantizeGPTQ(Quantizer):
     """GPTQ (2210.17323) on routed experts: each expert against the tokens it really receives.
 
     gate and up share one Hessian. Every step of a layer sees what the steps before it left behind: the layers before,
-    then attention, then gate and up, then down. An expert with fewer than `min_tokens` tokens gets the fallback and is
-    listed in the report; `shrink` tops its Hessian up with the pooled mean over all experts' tokens, so that no tokens
-    at all means the pooled Hessian.
+    then attention, then gate and up, then down; with `activation_bits` it sees its inputs rounded. An expert with fewer
+    than `min_tokens` tokens gets the fallback and is listed in the report; `shrink` tops its Hessian up with the pooled
+    mean over all experts' tokens, so that no tokens at all means the pooled Hessian.
     """
 
     name: ClassVar[str] = "quantize.gptq"
@@ -142,7 +142,7 @@ class QuantizeGPTQ(Quantizer):
         dense = {name: value for name in names if isinstance(value := weights.tensors[name], Tensor)}
         if not dense:
             return weights
-        wanted = LinearHessian(tuple((name, int(value.shape[1])) for name, value in dense.items()))
+        wanted = LinearHessian(tuple((name, int(value.shape[1])) for name, value in dense.items()), self.input_rounding)
         hessians = context.collect((wanted,), weights)[wanted.name]
         made = {}
         for name, value in dense.items():
@@ -172,6 +172,8 @@ class QuantizeGPTQ(Quantizer):
                 sums = found[statistic.name]
                 pooled |= {f"{statistic.which}.{key}": sums[key] for key in ("pooled", "pooled_delta") if key in sums}
                 pool = {key: pooled.get(f"{statistic.which}.pooled{key}") for key in ("", "_delta")}
+                if any(e.turn(statistic.which) is not experts[0].turn(statistic.which) for e in experts):
+                    pool = {}  # experts receive inputs in bases of their own
                 for index, inputs in self._inputs(sums, pool, span):
                     value = experts[index].projection(statistic.which)
                     if isinstance(value, Tensor):
@@ -181,7 +183,9 @@ class QuantizeGPTQ(Quantizer):
         return weights.with_experts(tuple(experts))
 
     def _statistic(self, which: Projection, span: tuple[int, int], *, pooled: bool) -> ExpertHessian:
-        return ExpertHessian(which, self.weighting, self.power, span, self.all_experts, self.pairs_streams, pooled)
+        return ExpertHessian(
+            which, self.weighting, self.power, span, self.all_experts, self.pairs_streams, pooled, self.input_rounding
+        )
 
     def _inputs(self, found: Mapping[str, Tensor], pool: Pool, span: tuple[int, int]) -> Iterator[tuple[int, Inputs]]:
         """(expert, what it received) for the experts of a group; a thin expert's sums topped up for `shrink`."""
@@ -217,8 +221,8 @@ class QuantizeGPTQ(Quantizer):
                     "add calibration samples, set all_experts: true, or another fallback (shrink, rtn, hqq)",
                 )
             )
-        if fallback == "shrink" and not inputs.pooled_tokens:
-            fallback = "rtn"  # no token reached any expert
+        if fallback == "shrink" and (inputs.pool.get("") is None or not inputs.pooled_tokens):
+            fallback = "rtn"  # no token reached any expert, or the pool mixes bases
         if fallback is not None and not replay:
             said["experts"][index] = {"fallback": fallback}
         if fallback == "rtn":

@@ -33,7 +33,8 @@ class QuantizeHQQ(Quantizer):
 
     def scheme_at(self, bits: int) -> Scheme:
         binary = bits == 1 and self.symmetric
-        return Scheme(bits, self.group_size, self.symmetric, "none" if self.symmetric else self.zero, binary)
+        zero = "none" if self.symmetric else self.zero
+        return self.with_activation(Scheme(bits, self.group_size, self.symmetric, zero, binary))
 
     def decide(self, context: LayerContext) -> Decision:
         """Nothing to search between matrices: every target gets the recipe's scheme."""

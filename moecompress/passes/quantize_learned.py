@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from moecompress.errors import CalibrationError, CoverageError, RecipeError, message
-from moecompress.numerics.block import BlockSample, gptq_expert, own_outputs, pooled_moments, routed
+from moecompress.experts import received
+from moecompress.numerics.block import BlockSample, Moments, gptq_expert, own_outputs, pooled_moments, routed
 from moecompress.numerics.grids import round_to_nearest
 from moecompress.numerics.learned import Decay, Learned, Optimizer, Rounding, Schedule, learn_block
 from moecompress.numerics.packing import pack_codes, unpack_codes
@@ -170,7 +171,7 @@ class _Block:
         columns = (self.gate_up[0].shape[1], self.down[0].shape[1])
         prior = None
         if step.start == "gptq" and step.fallback == "shrink" and any(self.few):
-            prior = pooled_moments(sample, self.gate_up, self._intermediate, columns)
+            prior = self._pooled(sample, columns)
         slots = {expert: (rows, at) for expert, rows, at in routed(sample.ids, len(self.experts))}
         none = torch.zeros(0, dtype=torch.int64)
         made = []
@@ -180,11 +181,20 @@ class _Block:
                 made.append((self._nearest(gate_up, schemes[0]), self._nearest(down, schemes[1])))
                 continue
             rows, at = slots.get(expert, (none, none))
-            inputs, gates = sample.hidden[rows], sample.weights[rows, at][:, None]
+            inputs = received(self.experts[expert], "gate_up", sample.hidden[rows], schemes[0])
+            gates = sample.weights[rows, at][:, None]
             lacking = max(0, step.min_tokens - self.tokens[expert])
             run, dtype = self._intermediate(expert), self.context.scale_dtype
             made.append(gptq_expert(gate_up, down, inputs, gates, run, schemes, dtype, prior, lacking))
         return made
+
+    def _pooled(self, sample: BlockSample, columns: tuple[int, int]) -> Moments | None:
+        """What stands for the tokens that an expert lacks; None where experts receive inputs in bases of their own."""
+        first = self.experts[0]
+        if any(e.turn(p) is not first.turn(p) for e in self.experts for p in PROJECTIONS):
+            return None
+        entered = replace(sample, hidden=received(first, "gate_up", sample.hidden, self._scheme(0, 0)))
+        return pooled_moments(entered, self.gate_up, self._intermediate, columns)
 
     def _with_target(self, rows: Tensor) -> BlockSample:
         sample, count = self.sample.rows(rows), len(self.experts)
@@ -198,14 +208,18 @@ class _Block:
         return replace(sample, target=target)
 
     def _forward(self, expert: int, gate_up: Tensor, down: Tensor, inputs: Tensor) -> Tensor:
-        return self.context.forward(replace(self.experts[expert], gate_up=gate_up, down=down), inputs)
+        candidate = replace(self.experts[expert], gate_up=gate_up, down=down)
+        return self.context.forward_rounded(candidate, inputs, self._scheme(expert, 0))
 
     def _intermediate(self, expert: int) -> Callable[[Tensor, Tensor], Tensor]:
-        bias = self.experts[expert].gate_up_bias
+        """(gate_up, what it receives) -> what down receives."""
+        weights, scheme = self.experts[expert], self._scheme(expert, 1)
+        bias = weights.gate_up_bias
 
         def run(gate_up: Tensor, inputs: Tensor) -> Tensor:
             projected = inputs @ gate_up.t()
-            return self.context.activate(projected if bias is None else projected + bias.float())
+            made = self.context.activate(projected if bias is None else projected + bias.float())
+            return received(weights, "down", made, scheme)
 
         return run
 

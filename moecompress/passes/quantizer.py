@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from moecompress.errors import RecipeError, message
@@ -20,7 +21,16 @@ from moecompress.passes.base import (
     input_columns,
     selected_linears,
 )
-from moecompress.types import PROJECTIONS, LayerFacts, LayerWeights, ModelFacts, QuantizedTensor, Scheme, Weight
+from moecompress.types import (
+    PROJECTIONS,
+    Activation,
+    LayerFacts,
+    LayerWeights,
+    ModelFacts,
+    QuantizedTensor,
+    Scheme,
+    Weight,
+)
 
 Bits = Literal[1, 2, 3, 4, 8]
 BITS: Bits = 4  # where neither the recipe nor an allocation says anything
@@ -40,6 +50,12 @@ class Quantizer(Pass):
     )
     group_size: int = Field(128, description="input columns that share one scale; -1 = one scale per output channel")
     symmetric: bool = Field(True, description="no zero points")
+    activation_bits: Literal[4, 8] | None = Field(
+        None, description="round what every target receives, per token while the model runs; left out: not at all"
+    )
+    activation_clip: float = Field(
+        1.0, gt=0, le=1, description="share of a token's largest |value| that its rounding covers"
+    )
     targets: tuple[Target, ...] = Field(("routed_experts",), description="what is quantized")
 
     @field_validator("targets", mode="before")
@@ -59,14 +75,32 @@ class Quantizer(Pass):
     def _positive_group(cls, value: int) -> int:
         return positive_group(value)
 
+    @model_validator(mode="after")
+    def _clip_needs_rounding(self) -> Quantizer:
+        if self.activation_bits is None and self.activation_clip != 1:
+            raise ValueError("activation_clip has nothing to clip; set activation_bits: 4 or 8")
+        return self
+
     @property
     def scheme(self) -> Scheme:
         """How every targeted matrix is stored to which no allocation gave another width."""
         return self.scheme_at(BITS if self.bits is None else self.bits)
 
     def scheme_at(self, bits: int) -> Scheme:
-        """How this pass stores a matrix of `bits`."""
-        return scheme_of(bits, self.group_size, self.symmetric)
+        """How this pass stores a matrix of `bits`, and how the matrix's inputs are rounded."""
+        return self.with_activation(scheme_of(bits, self.group_size, self.symmetric))
+
+    @property
+    def input_rounding(self) -> tuple[int, float] | None:
+        """(bits, clip) of the rounding of inputs, None without."""
+        return None if self.activation_bits is None else (self.activation_bits, self.activation_clip)
+
+    def with_activation(self, scheme: Scheme) -> Scheme:
+        """The scheme with the pass's rounding of inputs."""
+        if self.activation_bits is None:
+            return scheme
+        kind: Activation = "int4" if self.activation_bits == 4 else "int8"
+        return replace(scheme, activation=kind, activation_clip=self.activation_clip)
 
     def scheme_for(self, context: LayerContext, expert: int | None, name: str) -> Scheme:
         """How one matrix is stored: projection `name` of an expert, or a Linear (expert None).

@@ -40,9 +40,10 @@ class RoutingObservation:
 class ExpertObservation:
     """What one expert received and made in one call: n of the call's tokens, in ascending order of rows.
 
-    rows: int64 [n], weights: [n], inputs: [n, H], intermediate: [n, I] (input of down), outputs: [n, H] before the
-    routing weight. original_inputs, original_intermediate: the same tokens in the original stream, through the same
-    expert; only when a statistic asks for pairs.
+    rows: int64 [n], weights: [n], outputs: [n, H] before the routing weight. inputs: [n, H], intermediate: [n, I]: as
+    gate_up and down multiply them, turned and rounded where the expert does so. original_inputs,
+    original_intermediate: the same tokens in the original stream, through the same expert; only when a statistic asks
+    for pairs.
     """
 
     expert: int

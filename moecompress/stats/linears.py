@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from moecompress.stats.base import LinearObservation, Reduce, State, Statistic
+from moecompress.stats.moments import Rounding, with_rounding
 from moecompress.types import MoESite
 
 
@@ -17,10 +18,11 @@ class LinearHessian(Statistic):
     """sum x x^T of every named Linear's input, float32 [in, in] under the Linear's name; raw, without 2 / N.
 
     columns: (weight name inside the layer, input columns) of the matrices. Linears that receive the same tensor
-    (q, k, v; gate, up) share one sum, in memory too.
+    (q, k, v; gate, up) share one sum, in memory too. rounding: as in `ExpertHessian`.
     """
 
     columns: tuple[tuple[str, int], ...]
+    rounding: Rounding | None = None
 
     name: ClassVar[str] = "linear_hessian"
     depends_on: ClassVar[frozenset[str]] = frozenset(
@@ -44,5 +46,5 @@ class LinearHessian(Statistic):
         if seen.same_as is not None and seen.same_as in state:
             state[seen.name] = state[seen.same_as]
             return
-        x = seen.inputs.to(state[seen.name].device, torch.float32)
+        x = with_rounding(seen.inputs.to(state[seen.name].device, torch.float32), self.rounding)
         state[seen.name].addmm_(x.t(), x)

@@ -9,10 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from moecompress.numerics.activation import rounded_activations
 from moecompress.stats.base import ExpertObservation, Reduce, State, Statistic
 from moecompress.types import PROJECTIONS, MoESite, Projection
 
 Weighting = Literal["none", "affinity"]
+Rounding = tuple[int, float]
 _UPSTREAM = frozenset({"activations", "attention", "norms", "router"})
 
 
@@ -25,6 +27,7 @@ class ExpertHessian(Statistic):
     power 2 is the exact squared error of the block's output); `none` is the plain GPTQ Hessian.
     experts: (first, end) of the G experts whose matrices are kept; None = all. Counts always cover all experts.
     pooled: also the sum over all experts, kept or not.
+    rounding: (bits, clip) of the rounding that x will go through (numerics.activation); x' keeps its full precision.
     all_experts: every token at every expert, routed there or not. paired: also sums (x' - x) x^T, where x' is what
     the expert would receive from the same token in the original stream.
 
@@ -39,6 +42,7 @@ class ExpertHessian(Statistic):
     all_experts: bool = False
     paired: bool = False
     pooled: bool = True
+    rounding: Rounding | None = None
 
     @property
     def reduce(self) -> Mapping[str, Reduce]:
@@ -54,6 +58,7 @@ class ExpertHessian(Statistic):
         if self.experts is not None:
             parts.append(f"{self.experts[0]}-{self.experts[1]}")
         parts += ["all_experts"] * self.all_experts + ["paired"] * self.paired + ["unpooled"] * (not self.pooled)
+        parts += [] if self.rounding is None else [f"rounded{self.rounding[0]}-{self.rounding[1]}"]
         return ".".join(parts)
 
     @property
@@ -78,7 +83,7 @@ class ExpertHessian(Statistic):
 
     def observe_expert(self, state: State, seen: ExpertObservation) -> None:
         device = state["hessian"].device
-        x = _inputs(seen, self.which).to(device, torch.float32)
+        x = with_rounding(_inputs(seen, self.which).to(device, torch.float32), self.rounding)
         state["tokens"][seen.expert] += x.shape[0]
         root = None
         if self.weighting == "none":
@@ -149,6 +154,11 @@ class InputMoments(Statistic):
         tokens = state["tokens"].clamp(min=1)[:, None]
         means = {f"{which}.abs_mean": (state[f"{which}.abs_sum"] / tokens).float() for which in PROJECTIONS}
         return dict(sorted({**state, **means}.items()))
+
+
+def with_rounding(x: Tensor, rounding: Rounding | None) -> Tensor:
+    """x [..., c] as a matrix with rounded inputs multiplies it. rounding: (bits, clip), None = as it is."""
+    return x if rounding is None else rounded_activations(x, *rounding)
 
 
 def _columns(site: MoESite) -> dict[Projection, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moecompress.errors import UnsupportedModel, message
-from moecompress.experts import Experts
+from moecompress.experts import Experts, received
 from moecompress.stats.base import (
     BlockObservation,
     ExpertObservation,
@@ -147,8 +147,10 @@ class BatchWatch:
         assert self._experts is not None
         rows = torch.arange(hidden.shape[0])
         for expert in range(len(self._experts)):
-            intermediate, outputs = self._experts.run_expert(self._experts.expert(expert), hidden)
-            self._observe(expert, rows, hidden.new_ones(len(rows)), hidden, intermediate, outputs, everywhere=True)
+            weights = self._experts.expert(expert)
+            intermediate, outputs = self._experts.run_expert(weights, hidden)
+            inputs, ones = received(weights, "gate_up", hidden), hidden.new_ones(len(rows))
+            self._observe(expert, rows, ones, inputs, intermediate, outputs, everywhere=True)
 
     def on_expert(
         self, expert: int, rows: Tensor, weights: Tensor, inputs: Tensor, intermediate: Tensor, outputs: Tensor
@@ -195,10 +197,11 @@ class BatchWatch:
         if not any(item.paired for item in wanted):
             return None, None
         assert self._original is not None and self._experts is not None and self._owner.partner is not None
-        inputs = self._original[rows]
+        hidden, weights = self._original[rows], self._owner.partner.experts[expert]
+        inputs = received(weights, "gate_up", hidden)
         if not any(item.paired_intermediate for item in wanted):
             return inputs, None
-        return inputs, self._experts.run_expert(self._owner.partner.experts[expert], inputs)[0]
+        return inputs, self._experts.run_expert(weights, hidden)[0]
 
     def on_linear(self, name: str, inputs: Tensor) -> None:
         """A Linear's input [B, T, in] or [B * T, in]. Raises UnsupportedModel when it does not see every token once."""

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from moecompress.errors import UnsupportedModel, message
 from moecompress.experts import ExpertObserver, Experts, materialise
+from moecompress.numerics.activation import rounded_as
 from moecompress.stream.model import StreamModel
 from moecompress.stream.prelude import LayerCall
-from moecompress.types import ExpertWeights, LayerWeights, MoESite, QuantizedTensor
+from moecompress.types import ExpertWeights, LayerWeights, MoESite, QuantizedTensor, Scheme
 
 RouterTap = Callable[[Tensor], None]
 LinearTap = Callable[[str, Tensor], None]
@@ -23,14 +24,18 @@ LinearTap = Callable[[str, Tensor], None]
 def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Module]:
     """The decoder layer with `weights` in float32 (experts stay as they are and are expanded one at a time).
 
-    May be nested: leaving brings back what was there before.
+    Linears whose scheme rounds their inputs do so. May be nested: leaving brings back what was there before.
     """
     facts = model.facts.layers[weights.index]
     layer = model.module_of(weights)
     empty: dict[str, Tensor] = {}
     before: Sequence[ExpertWeights] = ()
+    hooks = []
     try:
         for name, value in weights.tensors.items():
+            if isinstance(value, QuantizedTensor) and value.scheme.activation != "none":
+                module = layer.get_submodule(name.removesuffix(".weight"))
+                hooks.append(module.register_forward_pre_hook(_rounding_hook(value.scheme)))
             dense = materialise(value, torch.float32) if isinstance(value, QuantizedTensor) else value
             empty[name] = _swap(layer, name, dense.float() if dense.is_floating_point() else dense)
         if facts.site is not None:
@@ -38,10 +43,16 @@ def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Modul
             before, experts.weights = experts.weights, weights.experts
         yield layer
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, value in empty.items():
             _swap(layer, name, value)
         if facts.site is not None:
             experts_of(layer, facts.site.experts).weights = before
+
+
+def _rounding_hook(scheme: Scheme) -> Callable[[nn.Module, Any], Any]:
+    return lambda _module, args: (rounded_as(scheme, args[0]), *args[1:])
 
 
 def experts_of(layer: nn.Module, name: str) -> Experts:

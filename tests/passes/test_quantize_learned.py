@@ -70,6 +70,7 @@ class Setting:
             statistics={"token_sample": self.found},
             scale_dtype=torch.bfloat16,
             forward=lambda candidate, x: experts.run_expert(candidate, x)[1],
+            forward_rounded=lambda *arguments: experts.run_expert(*arguments)[1],
             activate=experts.activate,
             generator=lambda *_: torch.Generator().manual_seed(0),
             block_error=block_error,
