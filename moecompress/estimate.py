@@ -6,12 +6,12 @@ the measured peak.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from moecompress.calib.estimate import generation_cost
 from moecompress.checkpoint.native import plan_record
 from moecompress.memory import resident_bytes
 from moecompress.numerics.grids import stored_bits
@@ -19,6 +19,7 @@ from moecompress.numerics.packing import row_bytes
 from moecompress.recipe import Recipe
 from moecompress.stream.inventory import Owner
 from moecompress.stream.model import StreamModel
+from moecompress.stream.speed import active_weights, matmul_rate
 from moecompress.types import LayerFacts, ModelFacts, Scheme
 from moecompress.writing import Format
 
@@ -71,16 +72,19 @@ def estimate(
     stores = (4 + pairs) * 4 * hidden * sum(tokens)  # two streams, two generations, float32
     facts = facts or model.facts
     component, out_bytes = _component_bytes(model, owned, schemes, output, facts, dropped)
-    parts = _peak_parts(model, schemes, output, statistics, min(batch_tokens, max(tokens)), max(lengths))
+    generated = [cost for spec in recipe.calibration.values() if (cost := generation_cost(spec, model)) is not None]
+    parts = _peak_parts(
+        model, schemes, output, statistics, min(batch_tokens, max(tokens)), max(lengths), [c.parts for c in generated]
+    )
     weights = sum(out for _, out in component.values())
     codes = [_expert_bits(layer, schemes[layer.index]) for layer in facts.moe_layers]
     expert_weights = sum(_expert_bits(layer, {})[0] for layer in model.facts.moe_layers)
     total_weights = _count_weights(model)
     return Estimate(
         peak_bytes=sum(parts.values()),
-        disk_bytes=int(out_bytes * 1.02) + stores + (64 << 20),
+        disk_bytes=int(out_bytes * 1.02) + max([stores, *(c.disk_bytes for c in generated)]) + (64 << 20),
         output_bytes=out_bytes,
-        seconds=_seconds(model, sum(tokens), sweeps, out_bytes),
+        seconds=_seconds(model, sum(tokens), sweeps, out_bytes) + sum(c.seconds for c in generated),
         expert_bits_per_weight=sum(bits for _, bits in codes) / expert_weights if expert_weights else None,
         total_bits_per_weight=8 * weights / total_weights,
         component_bytes=component,
@@ -198,8 +202,9 @@ def _peak_parts(
     statistics: Mapping[int, int],
     batch_tokens: int,
     length: int,
+    generated: Sequence[Mapping[str, int]],
 ) -> dict[str, int]:
-    """Resident bytes by cause: at the heaviest layer, or at the two vocabulary matrices if those are heavier."""
+    """Resident bytes by cause: at the heaviest layer, at the vocabulary matrices, or while a token set is generated."""
     item = model.facts.dtype.itemsize
     base = resident_bytes()
     layers = [
@@ -213,7 +218,7 @@ def _peak_parts(
         "vocabulary matrices": matrices * model.facts.vocab_size * model.facts.hidden_size * item,
         "logits of one sequence": 3 * 4 * length * model.facts.vocab_size,
     }
-    worst = max(heaviest, vocabulary, key=lambda parts: sum(parts.values()))
+    worst = max(heaviest, vocabulary, *generated, key=lambda parts: sum(parts.values()))
     return {"imports and module tree": base, **worst}
 
 
@@ -244,25 +249,10 @@ def _layer_parts(
 
 def _seconds(model: StreamModel, tokens: int, sweeps: int, out_bytes: int) -> float:
     """Two forwards per sweep at this machine's measured matmul speed, one rounding pass, and the writing."""
-    active = 0
-    for layer in model.facts.layers:
-        active += sum(shape[0] * shape[1] for shape in layer.shapes.values() if len(shape) == 2)
-        if layer.site is not None:
-            active += layer.site.top_k * 3 * layer.site.hidden * layer.site.width
     experts = sum(_expert_bits(layer, {})[0] for layer in model.facts.moe_layers)
     return (
-        sweeps * 2 * 2 * active * tokens / _matmul_rate()
+        sweeps * 2 * 2 * active_weights(model.facts) * tokens / matmul_rate()
         + experts / (_ROUND_RATE * torch.get_num_threads())
         + out_bytes / _WRITE_RATE
         + 15.0  # imports and the reload check
     )
-
-
-def _matmul_rate() -> float:
-    """Measured float32 operations per second of one small matrix product (about 20 ms)."""
-    left, right = torch.ones(256, 1024), torch.ones(1024, 1024)
-    torch.matmul(left, right)
-    start = time.perf_counter()
-    for _ in range(3):
-        torch.matmul(left, right)
-    return 3 * 2 * 256 * 1024 * 1024 / max(1e-6, time.perf_counter() - start)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moecompress.allocated import allocation_of, allocation_problems, reworded, with_allocation
+from moecompress.calib.estimate import generation_problems
 from moecompress.calib.sources import required_files, resolve_text
 from moecompress.errors import MoecompressError, UnsupportedModel, message
 from moecompress.estimate import Estimate, estimate, remaining_shares
@@ -64,7 +65,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     warnings = list(reshaped.warnings)
     schemes = {layer.index: _schemes(passes, stages, layer.index) for layer in model.facts.layers}
     output = _format(recipe, model, schemes, problems)
-    problems += _calibration_problems(recipe, passes, root)
+    problems += _calibration_problems(recipe, model, root)
     problems += _output_problems(recipe)
     owned = owners(model)
 
@@ -155,17 +156,19 @@ def _format(
     return "native" if unfit and wanted == "auto" else "portable"
 
 
-def _calibration_problems(recipe: Recipe, passes: tuple[Pass, ...], root: Path) -> list[str]:
+def _calibration_problems(recipe: Recipe, model: StreamModel, root: Path) -> list[str]:
     from moecompress.calib.tokenizer import load_tokenizer
 
     problems = []
     for name, spec in recipe.calibration.items():
-        if spec.source not in ("text", "jsonl", "tokens"):
+        if spec.source not in ("text", "jsonl", "tokens", "answers"):
             continue
         try:
             required_files(spec, f"calibration '{name}'")
         except MoecompressError as error:
             problems.append(str(error))
+    for name, spec in recipe.calibration.items():
+        problems += generation_problems(spec, model, f"calibration '{name}'")
     texts = [spec for spec in recipe.calibration.values() if spec.source != "tokens"]
     if texts or recipe.evaluate.perplexity or recipe.evaluate.tasks:
         try:

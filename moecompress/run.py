@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from moecompress.calib.tokenizer import load_tokenizer
-from moecompress.calib.tokens import build_token_set, make_token_set
+from moecompress.calib.tokens import GENERATED, build_token_set, make_token_set
+from moecompress.calib.workshop import Workshop
 from moecompress.checkpoint.writer import atomic_write
 from moecompress.context import set_of
 from moecompress.errors import NotFinite, RecipeError, Stopped, UnsupportedModel, message
@@ -72,15 +73,15 @@ def run(
         job = Job(plan, plan.passes, folder, {})
         with full_disk_stops():
             _work(job, cursor, shown, stop, began)
-            finish(job, cursor, began, _Stoppable(shown, stop))
+            finish(job, cursor, began, _Stoppable("finish", shown, stop))
     return recipe.out
 
 
 class _Stoppable(NoProgress):
-    """Passes everything on and stops the finish after a step when that was asked for; resuming repeats the finish."""
+    """Passes everything on and stops after a step when that was asked for; resuming repeats this part of the work."""
 
-    def __init__(self, shown: Progress, stop: Callable[[], bool]) -> None:
-        self._shown, self._stop = shown, stop
+    def __init__(self, where: str, shown: Progress, stop: Callable[[], bool]) -> None:
+        self._where, self._shown, self._stop = where, shown, stop
 
     def stage(self, title: str, total: int, done: int = 0) -> None:
         self._shown.stage(title, total, done)
@@ -91,7 +92,7 @@ class _Stoppable(NoProgress):
     def step(self, text: str) -> None:
         self._shown.step(text)
         if self._stop():
-            raise Stopped(message("finish", f"stopped after: {text}", then="run again with --resume"))
+            raise Stopped(message(self._where, f"stopped after: {text}", then="run again with --resume"))
 
 
 @contextmanager
@@ -109,7 +110,11 @@ def full_disk_stops() -> Iterator[None]:
 def _work(job: Job, cursor: dict[str, Any], progress: Progress, stop: Callable[[], bool], began: float) -> None:
     """Token sets and all sweeps. An input that has to change leaves no state: it could not be resumed."""
     try:
-        _start_tokens(job, cursor, progress)
+        try:
+            _start_tokens(job, cursor, _Stoppable("calibration", progress, stop))
+        except Stopped:
+            job.run.save_cursor(cursor)  # what was generated so far stays
+            raise
         for number, sweep in enumerate(job.plan.sweeps):
             if number >= cursor["sweep"]:
                 _run_sweep(job, number, sweep, cursor, progress, stop, began)
@@ -158,6 +163,8 @@ def _token_sets(job: Job, progress: Progress) -> list[TokenSet]:
     if any(spec.source != "tokens" for spec in sources.values()):
         tokenizer = load_tokenizer(job.plan.root, trust_remote_code=recipe.trust_remote_code)
     progress.stage("calibration", len(sources) + 1)
+    kept, scratch = job.run.path / "calibration", job.run.hidden / "calibration"
+    workshop = Workshop(job.model, scratch, kept, progress)
     for name, spec in sources.items():
         made.append(
             build_token_set(
@@ -165,9 +172,12 @@ def _token_sets(job: Job, progress: Progress) -> list[TokenSet]:
                 spec,  # type: ignore[arg-type]
                 tokenizer,
                 vocab_size=facts.vocab_size,
-                cache_dir=job.run.path / "calibration",
+                cache_dir=kept,
+                workshop=workshop,
             )
         )
+        if spec.source in GENERATED:  # it had stages of its own
+            progress.stage("calibration", len(sources) + 1, len(made) - 1)
         progress.step(f"{name}: {made[-1].ids.shape[0]} x {made[-1].ids.shape[1]} tokens")
     ids = torch.randint(0, facts.vocab_size, (1, PROBE_TOKENS), generator=seeded(0, PROBE, 0)())
     made.append(make_token_set(PROBE, ids, {"source": "random tokens of the reload check"}, heldout=0))

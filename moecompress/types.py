@@ -17,6 +17,7 @@ BITS = (1, 2, 3, 4, 8)  # code widths a weight can have; 16 = kept in the source
 Zero = Literal["none", "int", "float"]
 Activation = Literal["none", "int4", "int8"]
 Stream = Literal["original", "compressed"]
+Generator = Literal["self", "rtn4", "streamed"]  # where the weights of a model that generates are
 Projection = Literal["gate_up", "down"]
 PROJECTIONS: tuple[Projection, Projection] = ("gate_up", "down")
 
@@ -254,6 +255,7 @@ class TokenSet:
 
     ids: int64 [N, T]. origin: what made it (JSON-able; goes into manifest and report). digest: sha256 of the ids.
     heldout: indices of sequences that no pass may train on (error measurement, accept / roll back).
+    selected: bool [N, T], the tokens that statistics see; None = all.
     """
 
     name: str
@@ -261,11 +263,16 @@ class TokenSet:
     origin: Mapping[str, Any]
     digest: str
     heldout: tuple[int, ...] = ()
+    selected: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A slice of a token set as it goes through the model. ids: int64 [B, T]; rows: indices into the set."""
+    """A slice of a token set as it goes through the model. ids: int64 [B, T]; rows: indices into the set.
+
+    selected: bool [B, T], the tokens that statistics see; None = all.
+    """
 
     ids: Tensor
     rows: tuple[int, ...]
+    selected: Tensor | None = None

@@ -31,6 +31,19 @@ NO_RESIDUAL: Mapping[str, str] = {
     "qwen4_exp_text": "experts read a mixture of several residual streams",
 }
 
+#: model types whose cached forward differs from the plain one, with the reason: generation recomputes the prefix
+RECOMPUTED: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("axk2", "deepseek_v32", "dots3_note_text"), "the sparse-attention index reads its cache differently"
+    ),
+    "minimax": "the state of its linear attention depends on where the prefix was cut",
+    "nemotron_h": "its state-space layers lose precision from token to token",
+    "qwen3_vl_moe": "positions after the first call count from a picture's",
+}
+
+#: model types that cannot generate with `streamed`, with the reason
+UNPARKED: Mapping[str, str] = {"qwen4_exp_text": "its forward reads the positions in every layer's cache beforehand"}
+
 _SIGMOID = (
     "afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 exaone_moe flint glm4_moe glm4_moe_lite "
     "glm4v_moe hy_v3 kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 minimax_m3_vl_text nemotron_h "

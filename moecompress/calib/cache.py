@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moecompress.checkpoint.writer import atomic_write
 
-FORMAT = 1  # part of every key: raise it when packing changes
+FORMAT = 2  # part of every key: raise it when packing or a generator changes
 
 _log = logging.getLogger(__name__)
 
@@ -34,16 +34,16 @@ def cache_key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([FORMAT, dict(parts)], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cache_read(root: Path, key: str) -> tuple[Tensor, dict[str, Any]] | None:
-    """ids int64 [N, T] and the packing facts; None when absent, or damaged (which is logged)."""
+def cache_read(root: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The tensors of an entry and its facts; None when absent, or damaged (which is logged)."""
     entry, note = root / f"{key}.safetensors", root / f"{key}.json"
     if not (entry.is_file() and note.is_file()):
         return None
     try:
-        ids = load(entry.read_bytes())["ids"]
+        tensors = load(entry.read_bytes())
         stored = json.loads(note.read_text(encoding="utf-8"))
-        if digest_of(ids) == stored["digest"]:
-            return ids, stored["packing"]
+        if _digests(tensors) == stored["digests"]:
+            return tensors, stored["packing"]
         reason = "its hash does not match"
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         reason = str(error)
@@ -51,9 +51,15 @@ def cache_read(root: Path, key: str) -> tuple[Tensor, dict[str, Any]] | None:
     return None
 
 
-def cache_write(root: Path, key: str, ids: Tensor, parts: Mapping[str, Any], packing: Mapping[str, Any]) -> None:
-    """Store ids and what they were made from; the JSON comes last and makes the entry valid."""
+def cache_write(
+    root: Path, key: str, tensors: Mapping[str, Tensor], parts: Mapping[str, Any], packing: Mapping[str, Any]
+) -> None:
+    """Store whole-number tensors and what they were made from; the JSON comes last and makes the entry valid."""
     root.mkdir(parents=True, exist_ok=True)
-    atomic_write(root / f"{key}.safetensors", save({"ids": ids}))
-    note = {"digest": digest_of(ids), "made_from": dict(parts), "packing": dict(packing)}
+    atomic_write(root / f"{key}.safetensors", save({name: value.contiguous() for name, value in tensors.items()}))
+    note = {"digests": _digests(tensors), "made_from": dict(parts), "packing": dict(packing)}
     atomic_write(root / f"{key}.json", json.dumps(note, indent=1, sort_keys=True) + "\n")
+
+
+def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: digest_of(value) for name, value in sorted(tensors.items())}

@@ -9,6 +9,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from moecompress.errors import CalibrationError, message, suggest
 
 
@@ -39,6 +41,10 @@ class CalibrationSource(Protocol):
     def seed(self) -> int: ...
     @property
     def heldout(self) -> float: ...
+    @property
+    def options(self) -> Any: ...
+    @property
+    def balance(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class SourceSpec:
 
     samples N and length T: the size of the token set. seed: order of documents and choice of windows.
     heldout: fraction of the N sequences that no pass may train on. field: a column name, or a template with
-    column names in braces.
+    column names in braces. options: the keys of a source that runs the model (`calib.options`), or a mixture's parts.
+    balance: how rows are chosen for their routing (`calib.options.Balance`), or None.
     """
 
     source: str
@@ -62,6 +69,18 @@ class SourceSpec:
     length: int = 512
     seed: int = 0
     heldout: float = 0.125
+    options: Any = None
+    balance: Any = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of a source: ids int64 [N, T], where they come from (JSON-able), and which tokens passes may see
+    (bool [N, T]; None = all)."""
+
+    ids: Tensor
+    origin: Mapping[str, Any]
+    selected: Tensor | None = None
 
 
 @dataclass(frozen=True)

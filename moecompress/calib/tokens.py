@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moecompress.calib.answers import make_answers
 from moecompress.calib.cache import cache_key, cache_read, cache_write, digest_of
 from moecompress.calib.manifest import check_digest, load_manifest
 from moecompress.calib.sources import read_documents, required_files
-from moecompress.calib.spec import CalibrationSource, Documents, content_hash
+from moecompress.calib.spec import CalibrationSource, Documents, Rows, content_hash
 from moecompress.calib.tokenizer import tokenizer_hash
+from moecompress.calib.workshop import Workshop
 from moecompress.errors import CalibrationError, message
 from moecompress.types import TokenSet
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 POOL = 4  # windows are drawn from up to so many times the tokens needed: long documents do not fill a set alone
 BATCH = 32  # documents tokenised at once
+GENERATED = ("answers",)  # sources that run the model
 
 
 def build_token_set(
@@ -33,32 +36,49 @@ def build_token_set(
     *,
     vocab_size: int,
     cache_dir: Path | None,
+    workshop: Workshop | None = None,
 ) -> TokenSet:
     """The token set `name` of a recipe: ids int64 [samples, length], equal for equal source, tokenizer, seed.
 
     Documents are shuffled by the seed, tokenised without special tokens and joined by the end-of-text id;
-    windows are drawn by the seed and keep the documents' order. `source: tokens` takes its ids as they are.
+    windows are drawn by the seed and keep the documents' order. `source: tokens` takes its ids as they are; `answers`
+    generates with the model of the workshop.
     Raises CalibrationError (source empty, too short, unreadable, ids outside the vocabulary, no tokenizer)
     and MachineError (no network, no library).
     """
     where = f"calibration '{name}'"
     _check_sizes(spec, where)
-    if spec.source == "tokens":
-        ids, origin = _token_file(spec, where)
-    else:
-        ids, origin = _tokenised(spec, tokenizer, cache_dir, where)
-    top = int(ids.max())
-    if top >= vocab_size or int(ids.min()) < 0:
-        found = f"token id {top if top >= vocab_size else int(ids.min())}"
+    rows = _rows(spec, tokenizer, cache_dir, where, workshop)
+    top = int(rows.ids.max())
+    if top >= vocab_size or int(rows.ids.min()) < 0:
+        found = f"token id {top if top >= vocab_size else int(rows.ids.min())}"
         then = "use the tokenizer (or the token file) of this very model"
         raise CalibrationError(message(where, found, f"0 to {vocab_size - 1} (the model's vocabulary)", then))
-    return make_token_set(name, ids, origin, heldout=spec.heldout)
+    return make_token_set(name, rows.ids, rows.origin, heldout=spec.heldout, selected=rows.selected)
 
 
-def make_token_set(name: str, ids: Tensor, origin: Mapping[str, Any], *, heldout: float) -> TokenSet:
+def _rows(
+    spec: CalibrationSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    cache_dir: Path | None,
+    where: str,
+    workshop: Workshop | None,
+) -> Rows:
+    if spec.source == "tokens":
+        return Rows(*_token_file(spec, where))
+    if spec.source not in GENERATED:
+        return Rows(*_tokenised(spec, tokenizer, cache_dir, where))
+    if workshop is None:
+        raise CalibrationError(message(where, f"source '{spec.source}' needs the model", then="pass a workshop"))
+    return make_answers(spec, tokenizer, where, workshop)
+
+
+def make_token_set(
+    name: str, ids: Tensor, origin: Mapping[str, Any], *, heldout: float, selected: Tensor | None = None
+) -> TokenSet:
     """A token set of ids [N, T] with its digest and a `heldout` fraction of its rows set apart."""
     ids = ids.to(torch.int64).contiguous()
-    return TokenSet(name, ids, dict(origin), digest_of(ids), heldout_rows(ids.shape[0], heldout))
+    return TokenSet(name, ids, dict(origin), digest_of(ids), heldout_rows(ids.shape[0], heldout), selected)
 
 
 def heldout_rows(count: int, fraction: float) -> tuple[int, ...]:
@@ -161,10 +181,11 @@ def _tokenised(
     key = cache_key(parts)
     cached = cache_read(cache_dir, key) if cache_dir else None
     if cached is None:
-        cached = _pack_documents(documents, tokenizer, spec, where)
+        made, facts = _pack_documents(documents, tokenizer, spec, where)
+        cached = {"ids": made}, facts
         if cache_dir:
-            cache_write(cache_dir, key, cached[0], parts, cached[1])
-    ids, packing = cached
+            cache_write(cache_dir, key, cached[0], parts, facts)
+    ids, packing = cached[0]["ids"], cached[1]
     if spec.source == "manifest" and spec.manifest:
         manifest = load_manifest(spec.manifest)
         check_digest(manifest, parts["tokenizer"], spec.samples, spec.length, spec.seed, digest_of(ids))

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, SerializeAsAny
 
+from moecompress.calib.options import Options
 from moecompress.errors import RecipeError, message, suggest
 from moecompress.recipe.overrides import with_override
 from moecompress.recipe.source import is_map_of_sets, read_tree
@@ -87,6 +88,7 @@ def recipe_data(recipe: Recipe) -> dict[str, Any]:
 def _written(spec: CalibrationSpec) -> dict[str, Any]:
     """Only the keys of its source, as a recipe writes them."""
     data = spec.model_dump(mode="json")
+    data |= data["options"] or {}
     return {key: data[key] for key in CALIBRATION_SOURCES[spec.source].model_fields}
 
 
@@ -142,7 +144,13 @@ def _calibration_set(node: Node, path: tuple[str, ...], problems: list[str]) -> 
         problems.append(f"{where}: no source '{kind}'{suggest(kind, CALIBRATION_SOURCES)}")
         return None
     checked = validate(CALIBRATION_SOURCES[kind], node, path, problems)
-    return None if checked is None else CalibrationSpec(**dict(checked))
+    if checked is None:
+        return None
+    given = dict(checked)
+    if isinstance(checked, Options):  # a source that runs the model reads its keys there
+        common = {key: given[key] for key in CalibrationSpec.model_fields if key in given}
+        return CalibrationSpec(**common, options=checked)
+    return CalibrationSpec(**given)
 
 
 def _passes(node: Node, sets: tuple[str, ...], problems: list[str]) -> tuple[PassSpec, ...]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
+from moecompress.calib.options import AnswersOptions, Options
 from moecompress.sizes import parse_size
 
 Text = Annotated[str, Field(min_length=1)]
@@ -24,7 +25,8 @@ class CalibrationSpec(Spec):
     """One token set: where its text comes from, how many sequences, how long, how they are drawn.
 
     heldout: fraction of the sequences that no pass trains on (errors are measured there). The keys behind it
-    belong to single sources (`CALIBRATION_SOURCES`) and are None, or their default, for the others.
+    belong to single sources (`CALIBRATION_SOURCES`) and are None, or their default, for the others; `options` holds
+    those of sources that run the model.
     """
 
     source: str
@@ -39,6 +41,8 @@ class CalibrationSpec(Spec):
     split: str | None = None
     revision: str | None = None
     manifest: str | None = None
+    options: SerializeAsAny[Options] | None = None
+    balance: SerializeAsAny[Options] | None = None
 
 
 class _Source(Spec):
@@ -92,6 +96,12 @@ class TokensSource(_Source):
     files: Annotated[tuple[Text, ...], Field(min_length=1, max_length=1)]
 
 
+class AnswersSource(_Source, AnswersOptions):
+    """Prompts and the model's own replies."""
+
+    source: Literal["answers"]
+
+
 CALIBRATION_SOURCES: Mapping[str, type[Spec]] = MappingProxyType(
     {
         "text": TextSource,
@@ -99,9 +109,10 @@ CALIBRATION_SOURCES: Mapping[str, type[Spec]] = MappingProxyType(
         "datasets": DatasetsSource,
         "manifest": ManifestSource,
         "tokens": TokensSource,
+        "answers": AnswersSource,
     }
 )
-LATER_SOURCES = ("answers", "ebss")
+LATER_SOURCES = ("ebss",)
 
 
 class OutputSpec(Spec):

@@ -105,6 +105,8 @@ class BatchWatch:
         steps = torch.arange(length)
         self._rows = (sequences[:, None] * length + steps).reshape(-1)
         self._train = _mask([row not in heldout for row in batch.rows], length)
+        if batch.selected is not None:
+            self._train &= batch.selected.reshape(-1)
         self._measure = None if measured is None else _mask([row in measured for row in batch.rows], length)
         self._logits: Tensor | None = None
         self._original: Tensor | None = None

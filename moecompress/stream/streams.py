@@ -47,11 +47,13 @@ class TokenRun:
         return self.tokens.heldout or tuple(range(self.tokens.ids.shape[0]))
 
 
-def batches_of(ids: Tensor, batch_tokens: int) -> tuple[TokenBatch, ...]:
+def batches_of(ids: Tensor, batch_tokens: int, selected: Tensor | None = None) -> tuple[TokenBatch, ...]:
     """Consecutive sequences in batches of at most `batch_tokens` tokens (at least one sequence)."""
     size = max(1, batch_tokens // ids.shape[1])
     spans = [range(at, min(at + size, ids.shape[0])) for at in range(0, ids.shape[0], size)]
-    return tuple(TokenBatch(ids[span.start : span.stop], tuple(span)) for span in spans)
+    seen = [None if selected is None else selected[span.start : span.stop] for span in spans]
+    pairs = zip(spans, seen, strict=True)
+    return tuple(TokenBatch(ids[span.start : span.stop], tuple(span), marks) for span, marks in pairs)
 
 
 def start_run(
@@ -61,7 +63,7 @@ def start_run(
 
     streams: which streams get their layer-0 hidden states written; None = only learn the calls (resuming).
     """
-    batches = batches_of(tokens.ids, batch_tokens)
+    batches = batches_of(tokens.ids, batch_tokens, tokens.selected)
     calls: list[tuple[LayerCall, ...]] = []
     run: TokenRun | None = None
     with torch.no_grad(), outer_weights(model.skeleton, model.layers_name, model.read_outer):
