@@ -15,6 +15,7 @@ from moecompress.stream.collect import Collector, Partner
 from moecompress.stream.fold import find_norm_fold
 from moecompress.stream.hidden import HiddenStore
 from moecompress.stream.layers import experts_of
+from moecompress.stream.router import RouterView
 from moecompress.stream.streams import run_layer
 from moecompress.types import ExpertWeights, LayerWeights, Scheme
 
@@ -51,6 +52,7 @@ def layer_context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finis
         allocation=_allocation(job, step, weights.index),
         quantizer=job.quantizer_after(step),
         norm_fold=lambda: find_norm_fold(job.model, weights, job.tokens[PROBE], step.propagate),
+        router=lambda: RouterView(job.model, job.tokens[set_of(job, step)], step.propagate, weights),
         collect=_Again(job, step, weights).collect,
         generator=seeded(getattr(step, "seed", 0), step.name, weights.index),
     )

@@ -24,8 +24,8 @@ from moecompress.calib.tokens import windows as cut_windows
 from moecompress.errors import CalibrationError, CheckpointError, message
 from moecompress.evalstore import WINDOWS, update_evaluation, write_rows
 from moecompress.fingerprint import versions
-from moecompress.measure import set_agreement
 from moecompress.memory import return_freed_memory
+from moecompress.numerics.routing import set_agreement
 from moecompress.progress import NoProgress, Progress
 from moecompress.stream.collect import Collector
 from moecompress.stream.model import StreamModel, open_model

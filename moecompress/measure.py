@@ -8,20 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompress.arch.quirks import Scoring
 from moecompress.experts import materialise
+from moecompress.numerics.routing import routing_divergence, set_agreement
 from moecompress.passes.base import Forward, output_error
 from moecompress.stream.streams import TokenRun
-from moecompress.types import PROJECTIONS, ExpertWeights, LayerWeights, QuantizedTensor, Weight
-
-
-def routing_probabilities(logits: Tensor, scoring: Scoring) -> Tensor:
-    """Router outputs [n, E] as a distribution over experts, float64."""
-    values = logits.double()
-    if scoring == "softmax":
-        return values.softmax(-1)
-    positive = values.sigmoid() if scoring == "sigmoid" else values.clamp_min(0)
-    return positive / positive.sum(-1, keepdim=True).clamp_min(1e-30)
+from moecompress.types import PROJECTIONS, ExpertWeights, LayerWeights, QuantizedTensor, Scoring, Weight
 
 
 def router_comparison(
@@ -35,15 +26,7 @@ def router_comparison(
     agreement = set_agreement(original[1], compressed[1])
     if original[0].shape != compressed[0].shape:
         return {"topk_agreement": agreement, "kl": None}
-    p, q = (routing_probabilities(log[0], scoring).clamp_min(1e-30) for log in (original, compressed))
-    return {"topk_agreement": agreement, "kl": float((p * (p.log() - q.log())).sum(-1).mean())}
-
-
-def set_agreement(first: Tensor, second: Tensor) -> float:
-    """Mean Jaccard index of the expert sets in two id tables [n, K] and [n, K']."""
-    common = (first[:, :, None] == second[:, None, :]).any(-1).sum(-1).double()
-    union = first.shape[1] + second.shape[1] - common
-    return float((common / union).mean())
+    return {"topk_agreement": agreement, "kl": routing_divergence(original[0], compressed[0], scoring)}
 
 
 def stream_error(run: TokenRun, layer: int) -> float:

@@ -46,7 +46,7 @@ def cut_sweeps(passes: tuple[Pass, ...]) -> tuple[Sweep, ...]:
     """
     sweeps = []
     for position, step in enumerate(passes):
-        if step.scope is not Scope.LAYER:
+        if step.decides is not Scope.LAYER:
             sweeps.append(Sweep(tuple(range(position)), position))
     return (*sweeps, Sweep(tuple(range(len(passes)))))
 

@@ -24,6 +24,7 @@ def table(entries: Iterable[tuple[str, str]]) -> Mapping[str, str]:
 
 PASSES = table(
     [
+        ("align.router", "moecompress.passes.align_router:AlignRouter"),
         ("allocate.global", "moecompress.passes.allocate_global:AllocateGlobal"),
         ("allocate.pmq", "moecompress.passes.allocate_pmq:AllocatePMQ"),
         ("prune.ean", "moecompress.passes.prune_ean:PruneEAN"),

@@ -233,7 +233,7 @@ def _barrier(job: Job, position: int, progress: Progress) -> Decision:
     decision = load_decision(folder, "model")
     if decision is None:
         progress.note(f"{step.name} decides over all layers")
-        if step.scope is Scope.TRAIN:
+        if step.decides is Scope.TRAIN:
             decision = step.decide(TrainContext(job.model, job.tokens, weights_before(job, position)))
         else:
             statistics = {

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompress.arch.quirks import scoring
 from moecompress.context import layer_context, set_of
 from moecompress.job import SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, each_once
 from moecompress.layerstore import load_decision, load_layer, save_decision, save_layer, save_tensors
@@ -124,7 +123,7 @@ def _step(
     with filled_layer(job.model, weights) as layer:
         context = layer_context(job, step, layer, weights, finished)
         if decision is None:
-            assert step.scope is Scope.LAYER
+            assert step.decides is Scope.LAYER
             decision, changed = step.process(context)
             save_decision(folder, name, decision)
         else:
@@ -184,12 +183,12 @@ def _row(
     index = result.original.index
     facts = job.model.facts.layers[index]
     measured: Finished = {}
-    router: dict[str, float | None] = {"topk_agreement": None, "kl": None, "load_cv": None}
+    router: dict[str, Any] = {"topk_agreement": None, "kl": None, "load_cv": None, "aligned": _aligned(job, index)}
     error = None
     if before is not None and after is not None and job.report_set is not None:
         measured = before.finished()
-        kind = scoring(job.model.config.get_text_config().model_type)
-        router.update(router_comparison(before.log.joined(), _in_source_ids(after, result), kind))
+        logs = before.log.joined(), _in_source_ids(after, result)
+        router.update(router_comparison(*logs, job.model.facts.scoring))
         tokens = measured["routing_counts"]["tokens"].double()
         router["load_cv"] = float(tokens.std(correction=0) / tokens.mean()) if float(tokens.sum()) else None
         error = stream_error(job.tokens[job.report_set], index + 1)
@@ -237,15 +236,27 @@ def _restored(job: Job, index: int, number: int, expert: ExpertWeights) -> Exper
     return expert
 
 
+def _said(job: Job, position: int, index: int) -> Mapping[str, Any]:
+    """What a pass's decision says about one layer."""
+    decision = _decision(job, position, index)
+    data = decision.data if decision is not None else {}
+    said: Mapping[str, Any] = data.get("layers", {}).get(str(index), data)  # MODEL passes keep all under their index
+    return said
+
+
+def _aligned(job: Job, index: int) -> list[Mapping[str, Any]]:
+    """What the passes' decisions say about this layer's router (key `router`)."""
+    said = (_said(job, position, index) for position in range(len(job.passes)))
+    return [data["router"] for data in said if "router" in data]
+
+
 def _notes(job: Job, index: int) -> dict[int, dict[str, Any]]:
     """What the passes' decisions say about experts of this layer (key `experts`), by number in the source."""
     notes: dict[int, dict[str, Any]] = {}
     site = job.model.facts.layers[index].site
     sources = list(range(site.num_experts)) if site is not None else []
     for position in range(len(job.passes)):
-        decision = _decision(job, position, index)
-        data = decision.data if decision is not None else {}
-        data = data.get("layers", {}).get(str(index), data)  # MODEL passes keep all layers under their index
+        data = _said(job, position, index)
         for expert, note in data.get("experts", {}).items():
             notes.setdefault(sources[int(expert)], {}).update(note)
         if "kept" in data:

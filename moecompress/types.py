@@ -18,6 +18,7 @@ Zero = Literal["none", "int", "float"]
 Activation = Literal["none", "int4", "int8"]
 Stream = Literal["original", "compressed"]
 Generator = Literal["self", "rtn4", "streamed"]  # where the weights of a model that generates are
+Scoring = Literal["softmax", "sigmoid", "sqrt_softplus", "probabilities"]
 Projection = Literal["gate_up", "down"]
 PROJECTIONS: tuple[Projection, Projection] = ("gate_up", "down")
 
@@ -231,6 +232,7 @@ class ModelFacts:
 
     fold_problem(layer): why no scale can leave the norm before this layer's experts, as far as its structure tells.
     linear_up(layer): whether scaling the up rows scales what `down` receives by as much.
+    scoring: how a router's first output becomes a distribution over experts (`probabilities`: it is one already).
     """
 
     model_type: str
@@ -243,6 +245,7 @@ class ModelFacts:
     config: Mapping[str, Any] = field(repr=False, default_factory=dict)
     fold_problem: Callable[[int], str | None] = field(repr=False, compare=False, default=lambda _: None)
     linear_up: Callable[[int], bool] = field(repr=False, compare=False, default=lambda _: True)
+    scoring: Scoring = "softmax"
 
     @property
     def moe_layers(self) -> tuple[LayerFacts, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-Scoring = Literal["softmax", "sigmoid", "probabilities"]
+from moecompress.types import Scoring
 
 #: model types whose layers cannot be run one at a time by the generic engine, with the reason a user reads
 UNSUPPORTED: Mapping[str, str] = {
@@ -45,19 +45,27 @@ RECOMPUTED: Mapping[str, str] = {
 UNPARKED: Mapping[str, str] = {"qwen4_exp_text": "its forward reads the positions in every layer's cache beforehand"}
 
 _SIGMOID = (
-    "afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 exaone_moe flint glm4_moe glm4_moe_lite "
-    "glm4v_moe hy_v3 kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 minimax_m3_vl_text nemotron_h "
-    "solar_open"
+    "afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 dots3_note_text exaone_moe flint glm4_moe "
+    "glm4_moe_lite glm4v_moe hy_v3 inkling_text kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 "
+    "minimax_m3_vl_text nemotron_h solar_open"
 ).split()
 _SCORING: Mapping[str, Scoring] = {**dict.fromkeys(_SIGMOID, "sigmoid"), "gemma4_text": "probabilities"}
+#: model types whose config names the rule, with the entry and what its values mean
+_NAMED: Mapping[str, str] = {
+    "cohere2_moe": "expert_selection_fn",
+    "deepseek_v4": "scoring_func",
+    "inkling2_text": "scoring_func",
+}
+_RULES: Mapping[str, Scoring] = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "sqrt_softplus"}
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "num_experts_per_token", "moe_top_k", "top_k")
 
 
-def scoring(model_type: str) -> Scoring:
-    """How the router's first output becomes a distribution over experts (for router KL); default softmax."""
-    return _SCORING.get(model_type, "softmax")
+def scoring(config: Any) -> Scoring:
+    """How the router's first output becomes a distribution over experts, from a (text) config; default softmax."""
+    named = getattr(config, _NAMED.get(config.model_type, ""), None)
+    return _RULES.get(str(named), _SCORING.get(config.model_type, "softmax"))
 
 
 def router_names(model_type: str) -> tuple[str, ...]:

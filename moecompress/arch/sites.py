@@ -14,7 +14,7 @@ from torch import nn
 
 from moecompress.arch.quirks import UNSUPPORTED, UNSUPPORTED_OPTIONS, router_names
 from moecompress.errors import UnsupportedModel, message
-from moecompress.types import MoESite, Role
+from moecompress.types import LayerFacts, MoESite, Role
 
 _ATTENTION = ("attn", "attention", "mixer", "mamba", "conv", "linear_attn", "ssm", "kda", "indexer")
 _DENSE = ("mlp", "feed_forward", "ffn", "moe", "fc")
@@ -129,6 +129,26 @@ def role_of(name: str, site: MoESite | None, shape: tuple[int, ...]) -> Role:
     if any(key in part for part in parts[:-1] for key in _DENSE):
         return "dense_mlp"
     return "other"
+
+
+def router_matrix(layer: LayerFacts) -> tuple[str, str | None] | None:
+    """Names of the matrix [R, H] between hidden state and experts (R >= E: rows of shared experts may follow) and of
+    its bias [R] or None; None where the layer has no such matrix, or several."""
+    if layer.site is None:
+        return None
+    inside = f"{layer.site.router}."
+    found = [
+        name
+        for name, shape in layer.shapes.items()
+        if name.startswith(inside)
+        and name.endswith(".weight")
+        and len(shape) == 2
+        and shape[0] >= layer.site.num_experts
+    ]
+    if len(found) != 1:
+        return None
+    bias = f"{found[0].removesuffix('weight')}bias"
+    return found[0], bias if layer.shapes.get(bias) == layer.shapes[found[0]][:1] else None
 
 
 def expert_dims(shapes: Mapping[str, tuple[int, ...]], site: MoESite | None) -> dict[str, int]:

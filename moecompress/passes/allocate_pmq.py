@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from moecompress.arch.quirks import scoring
 from moecompress.errors import RecipeError, message
 from moecompress.numerics.allocation import Infeasible, pmq, pmq_cost
 from moecompress.numerics.grids import round_to_nearest
@@ -61,7 +60,7 @@ class AllocatePMQ(Allocator):
         allocation, importance, total = {}, {}, 0.0
         for index, found in sorted(context.statistics.items()):
             tokens = found[RoutingCounts.name]["tokens"].numpy()
-            raw = scoring(context.facts.model_type) == "softmax"
+            raw = context.facts.scoring == "softmax"
             weights = found[RoutedProbability.name]["probability"] if raw else found[RoutingCounts.name]["gate_sum"]
             errors = found["sensitivity"]["errors"][:, list(UNITS).index("expert")].double().sum(-1).sqrt()
             cost = pmq_cost(tokens, weights.numpy(), errors.numpy(), self.rule)

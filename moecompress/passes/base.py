@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moecompress.stats.base import Statistic
+from moecompress.stream.router import RouterView
 from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, NormFold, Scheme, Stream
 
 TARGETS = ("routed_experts", "attention", "shared_experts", "dense_mlp")
@@ -65,6 +66,7 @@ class LayerContext:
     for passes whose statistics would not fit in memory together, or that change the layer in several steps.
     norm_fold: finds the norm that feeds the experts and everything else that reads it, by running the layer on a probe;
     raises UnsupportedModel where a scale cannot be folded into it exactly.
+    router: the layer's router beside the original model's, on the pass's token set.
     """
 
     facts: ModelFacts
@@ -79,6 +81,7 @@ class LayerContext:
     block_error: RowsToHidden
     collect: Collect
     norm_fold: Callable[[], NormFold]
+    router: Callable[[], RouterView]
     allocation: Mapping[str, Sequence[int]] | None = None
     quantizer: Pass | None = None
 
@@ -147,6 +150,11 @@ class Pass(BaseModel):
     transforms_experts: ClassVar[bool] = False  # moves scales or rotations in and out of experts; has `restored`
     removes_experts: ClassVar[bool] = False  # `kept` in the decision: numbers of the experts that stay; has `reshape`
     needs_block_error: ClassVar[bool] = False  # LAYER passes that learn from the layer's output error
+
+    @property
+    def decides(self) -> Scope:
+        """When the pass decides, as it is configured."""
+        return self.scope
 
     def needs(self) -> tuple[Statistic, ...]:
         """Statistics this pass reads; empty = data-free."""

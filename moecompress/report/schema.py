@@ -83,12 +83,29 @@ class CalibrationInfo(_Part):
     digest: str | None = None
 
 
+class RouterAligned(_Part):
+    """What align.router did in a layer. kl, agreement: before and after, on the tokens that judged; change:
+    |new - old| / |old| of its matrix; accepted: whether the layer has the new one."""
+
+    method: str
+    accepted: bool
+    judged_on: str
+    kl: tuple[float | None, float | None]
+    agreement: tuple[float | None, float | None]
+    change: float
+    fewest_tokens: int | None = None
+
+
 class RouterInfo(_Part):
-    """Original against compressed router on the same tokens. load_cv: std / mean of tokens per expert."""
+    """Original against compressed router on the same tokens. load_cv: std / mean of tokens per expert.
+
+    aligned: what every align.router of the recipe did, in order.
+    """
 
     topk_agreement: float | None = None
     kl: float | None = None
     load_cv: float | None = None
+    aligned: tuple[RouterAligned, ...] = ()
 
 
 class ExpertBits(_Part):

@@ -81,6 +81,22 @@ class BlockObservation:
     contributions: Tensor
 
 
+@dataclass(frozen=True)
+class RouterObservation:
+    """What the matrix of one layer's router received in one call, and what it makes of it beside what it should.
+
+    rows: int64 [n]. inputs: [n, C], with a last column of ones where the router has a bias. given: [n, R], its outputs
+    before any scoring. wanted: [n, R], those of the original model for the same tokens. chosen: int64 [n, K], the
+    experts that the original model chose, among the R; R = one that is no longer there.
+    """
+
+    rows: Tensor
+    inputs: Tensor
+    given: Tensor
+    wanted: Tensor
+    chosen: Tensor
+
+
 class Statistic(Protocol):
     """A frozen dataclass that implements `init` and one or more of the observers.
 
@@ -122,6 +138,10 @@ class Statistic(Protocol):
     def blocks(self) -> bool:
         """Whether `observe_block` wants calls of the experts as a whole, with the residual stream around them."""
         return False
+
+    def observe_router(self, state: State, seen: RouterObservation) -> None:
+        """Add what one call showed the router to `state` in place; nothing by default."""
+        return
 
     def covers(self, other: Statistic) -> bool:
         """Whether who asked for `other` is served by the result of this one; both have the same name."""

@@ -130,9 +130,14 @@ class TokenSample(Statistic):
         self.settle(state)
 
     def settle(self, state: State) -> None:
-        take = _lowest(state["rows"], self.n, self.seed)
-        for key, value in state.items():
-            state[key] = value[take]
+        keep_lowest(state, self.n, self.seed)
+
+
+def keep_lowest(state: State, n: int, seed: int) -> None:
+    """Keep the n tokens of a sample with the smallest hashes of state["rows"], in ascending order, in place."""
+    take = _lowest(state["rows"], n, seed)
+    for key, value in state.items():
+        state[key] = value[take]
 
 
 def row_hash(rows: Tensor, seed: int) -> Tensor:

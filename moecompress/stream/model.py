@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moecompress.arch.quirks import routing_groups, top_k
+from moecompress.arch.quirks import routing_groups, scoring, top_k
 from moecompress.arch.sites import expert_dims, find_layers, find_site, quantizable_linears, role_of
 from moecompress.checkpoint.index import CheckpointIndex, open_index
 from moecompress.checkpoint.native import decode, decode_linear
@@ -284,6 +284,7 @@ def _facts(
         layers=tuple(made),
         source_bytes=index.total_bytes,
         config=raw,
+        scoring=scoring(text),
     )
 
 

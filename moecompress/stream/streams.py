@@ -6,7 +6,7 @@ two files: layer l reads generation l % 2 and writes the other, so a killed run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +91,10 @@ def run_layer(
     collector: Collector | None = None,
     write: bool = True,
     step: Step | None = None,
+    sequences: Collection[int] | None = None,
 ) -> None:
-    """Send one stream through one layer. write: keep the results as the next layer's input.
+    """Send one stream through one layer. write: keep the results as the next layer's input. sequences: batches without
+    any of these are left out.
 
     A collector that only records what enters the experts stops each batch there, and nothing is written.
     """
@@ -103,6 +105,8 @@ def run_layer(
         target.create()
     with torch.no_grad(), filled_layer(model, weights) as layer:
         for batch, calls in zip(run.batches, run.calls, strict=True):
+            if sequences is not None and not any(row in sequences for row in batch.rows):
+                continue
             hidden = source.read(batch.rows[0], batch.rows[-1] + 1)
             with suppress(Recorded), nullcontext() if collector is None else _watching(layer, site, collector, batch):
                 out = call_layer(layer, hidden, calls[index])

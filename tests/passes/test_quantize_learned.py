@@ -76,6 +76,7 @@ class Setting:
             block_error=block_error,
             collect=lambda *_: {},
             norm_fold=lambda: pytest.fail("not asked for"),
+            router=lambda: pytest.fail("not asked for"),
             allocation=allocation,
         )
 

@@ -50,6 +50,7 @@ def layer(rng: random.Random, index: int, experts: int) -> dict[str, Any]:
             "topk_agreement": 1 - 0.08 * rng.random(),
             "kl": 0.02 * rng.random(),
             "load_cv": 0.5 + rng.random(),
+            "aligned": [],
         },
         "output_error": 0.01 + 0.003 * index * rng.random(),
         "experts": rows,

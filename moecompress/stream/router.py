@@ -1,0 +1,222 @@
+"""The router of one layer beside the original model's: what it reads, what it should make of it, how far off it is.
+
+The original router's outputs come from the original weights on the original stream, so they are the same targets
+whatever exact transforms (scales in norms, rotations) or roundings earlier passes put into the compressed model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moecompress.arch.sites import router_matrix
+from moecompress.errors import CalibrationError, UnsupportedModel, message
+from moecompress.experts import Experts, materialise
+from moecompress.numerics.routing import routing_divergence, set_agreement
+from moecompress.stats.base import RouterObservation, Statistic
+from moecompress.stream.collect import BatchWatch, Collector, Recorded
+from moecompress.stream.hidden import HiddenStore
+from moecompress.stream.model import StreamModel
+from moecompress.stream.streams import TokenRun, run_layer
+from moecompress.types import LayerWeights, MoESite, Stream, TokenBatch, Weight
+
+_EVERY = 8  # without held-out sequences one in so many judges and is not learned from
+
+
+@dataclass(frozen=True)
+class RouterScore:
+    """A router against the original one on the judging tokens: mean KL in nats, mean Jaccard index of the choices."""
+
+    kl: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class RouterCall:
+    """One call of a router, of the wanted sequences.
+
+    rows: int64 [n]. inputs: float32 [n, H], what its matrix reads. logits: [n, E], its first output. ids: int64 [n, K].
+    """
+
+    rows: Tensor
+    inputs: Tensor
+    logits: Tensor
+    ids: Tensor
+
+
+class RouterView:
+    """The router of one layer on one token set. weights: the layer as the passes before left it.
+
+    judge: the held-out sequences, or every 8th one where none is held out; learn: the others. No statistic sees a
+    judging sequence.
+    """
+
+    def __init__(self, model: StreamModel, run: TokenRun, stream: Stream, weights: LayerWeights) -> None:
+        """Raises UnsupportedModel for a layer without a router matrix, CalibrationError for too few sequences."""
+        self._model, self._run, self._stream, self._weights = model, run, stream, weights
+        facts = model.facts_of(weights)
+        found = router_matrix(facts)
+        if facts.site is None or found is None:
+            raise UnsupportedModel(
+                message(f"layer {weights.index}", "no matrix between the hidden state and the router")
+            )
+        self._site, (self.weight, self.bias) = facts.site, found
+        self.outputs = facts.shapes[self.weight][0]
+        self.columns = facts.shapes[self.weight][1] + (self.bias is not None)
+        self._source = LayerWeights(weights.index, model.read_tensors(weights.index, check=False))
+        every = range(run.tokens.ids.shape[0])
+        self.heldout = bool(run.tokens.heldout)
+        self.judge = run.tokens.heldout or tuple(every[::_EVERY])
+        self.learn = tuple(sorted(set(every) - set(self.judge)))
+        if not self.learn:
+            found_text = f"{len(every)} calibration sequences, all of them for judging"
+            raise CalibrationError(message(f"layer {weights.index} router", found_text, then="add samples"))
+        self._wanted: HiddenStore | None = None
+        self._original: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The present matrix, float32 [R, C]; the bias is its last column."""
+        return self._matrix(self._weights)
+
+    def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
+        """A matrix [R, C] as the layer's tensors, rounded to the dtypes of the source."""
+        parts = {self.weight: matrix if self.bias is None else matrix[:, :-1]}
+        if self.bias is not None:
+            parts[self.bias] = matrix[:, -1]
+        return {name: value.to(self._dtype(name)).contiguous() for name, value in parts.items()}
+
+    def collect(self, statistic: Statistic) -> dict[str, Tensor]:
+        """A statistic of router observations, finished, over the sequences to learn from."""
+        wanted, matrix = self._targets(), self.matrix
+        state = statistic.init(self._site)
+
+        def see(call: RouterCall) -> None:
+            inputs = self._extended(call.inputs)
+            known = _read_rows(wanted, call.rows)
+            given, (target, chosen) = inputs @ matrix.t(), (known[:, : self.outputs], known[:, self.outputs :].long())
+            statistic.observe_router(state, RouterObservation(call.rows, inputs, given, target, chosen))
+
+        self._visit(self._weights, self._stream, self.learn, see)
+        return statistic.finalise(state)
+
+    def score(self, changed: Mapping[str, Weight]) -> RouterScore:
+        """The layer's router with these tensors instead of its own, on the judging sequences."""
+        self._targets()
+        assert self._original is not None
+        logits, ids = self._calls(self._weights.with_tensors(changed), self._stream)
+        sources = torch.tensor([*self._weights.source_ids, self._source_experts])
+        kept = self._original[0][:, list(self._weights.source_ids)]
+        kl = routing_divergence(kept, logits, self._model.facts.scoring)
+        return RouterScore(kl, set_agreement(self._original[1], sources[ids]))
+
+    @property
+    def _source_experts(self) -> int:
+        site = self._model.facts.layers[self._weights.index].site
+        assert site is not None
+        return site.num_experts
+
+    def _targets(self) -> HiddenStore:
+        """[N, T, R + K]: outputs of the original router for every token, then the choice it made."""
+        if self._wanted is None:
+            shape = (*self._run.tokens.ids.shape, self.outputs + self._site.top_k)
+            store = HiddenStore(self._run.folder / f"{self._run.tokens.name}.router.f32", shape)
+            store.create()
+            matrix, columns, places = self._matrix(self._source), self._kept_rows(), self._places()
+            logs: list[tuple[Tensor, Tensor]] = []
+            judging = torch.tensor(self.judge)
+
+            def see(call: RouterCall) -> None:
+                outputs = (self._extended(call.inputs) @ matrix.t())[:, columns]
+                made = torch.cat([outputs, places[call.ids].float()], 1)
+                for sequence, rows in zip(*_sequences(call.rows, made, shape[1]), strict=True):
+                    store.write(sequence, rows[None])
+                judged = torch.isin(call.rows // shape[1], judging)
+                logs.append((call.logits[judged].float(), call.ids[judged]))
+
+            self._visit(self._source, "original", range(shape[0]), see)
+            self._wanted, self._original = store, _joined(logs)
+        return self._wanted
+
+    def _calls(self, weights: LayerWeights, stream: Stream) -> tuple[Tensor, Tensor]:
+        logs: list[tuple[Tensor, Tensor]] = []
+        self._visit(weights, stream, self.judge, lambda call: logs.append((call.logits.float(), call.ids)))
+        return _joined(logs)
+
+    def _kept_rows(self) -> list[int]:
+        """Rows of the source's matrix that are still there; rows behind the experts' (shared experts) always are."""
+        rows = self._source.tensors[self.weight].shape[0]
+        return [*self._weights.source_ids, *range(self._source_experts, rows)]
+
+    def _places(self) -> Tensor:
+        """Expert of the source (and the id of a skipped slot) -> its place among the present ones, else `outputs`."""
+        places = torch.full((self._source_experts + 1,), self.outputs)
+        places[list(self._weights.source_ids)] = torch.arange(len(self._weights.source_ids))
+        return places
+
+    def _matrix(self, weights: LayerWeights) -> Tensor:
+        weight = materialise(weights.tensors[self.weight], torch.float32)
+        if self.bias is None:
+            return weight
+        return torch.cat([weight, materialise(weights.tensors[self.bias], torch.float32)[:, None]], 1)
+
+    def _extended(self, inputs: Tensor) -> Tensor:
+        return inputs if self.bias is None else F.pad(inputs, (0, 1), value=1.0)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        value = self._source.tensors[name]
+        assert isinstance(value, Tensor)
+        return value.dtype
+
+    def _visit(
+        self, weights: LayerWeights, stream: Stream, sequences: Collection[int], see: Callable[[RouterCall], None]
+    ) -> None:
+        """Show `see` every call of the layer's router for these sequences; the experts do not run."""
+        visit = _Visit(self._site, self.weight, sequences, see)
+        run_layer(self._model, weights, self._run, stream, collector=visit, write=False, sequences=sequences)
+
+
+class _Visit(Collector):
+    """Watches the router alone."""
+
+    def __init__(
+        self, site: MoESite, weight: str, sequences: Collection[int], see: Callable[[RouterCall], None]
+    ) -> None:
+        super().__init__(site, (), measured=tuple(sequences))
+        self.linears, self.see = (weight,), see
+
+    def watch(self, batch: TokenBatch, experts: Experts | None = None) -> _Watch:
+        return _Watch(self, batch, frozenset(), self._measured, experts)
+
+
+class _Watch(BatchWatch):
+    _owner: _Visit
+    _inputs: Tensor
+
+    def on_linear(self, name: str, inputs: Tensor) -> None:
+        self._inputs = inputs.reshape(-1, inputs.shape[-1])
+
+    def on_routing(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        keep = self._measure
+        assert keep is not None and self._logits is not None
+        self._owner.see(RouterCall(self._rows[keep], self._inputs[keep].float(), self._logits[keep], ids[keep].long()))
+        raise Recorded
+
+
+def _joined(logs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([logits for logits, _ in logs]), torch.cat([ids for _, ids in logs])
+
+
+def _sequences(rows: Tensor, values: Tensor, length: int) -> tuple[list[int], Tensor]:
+    """Numbers of the (whole) sequences in rows [n], and values [n, C] as [sequences, T, C]."""
+    return (rows[::length] // length).tolist(), values.reshape(-1, length, values.shape[-1])
+
+
+def _read_rows(store: HiddenStore, rows: Tensor) -> Tensor:
+    """Values [n, C] of whole sequences by the rows of their tokens."""
+    length = store.shape[1]
+    return torch.cat([store.read(at, at + 1)[0] for at in (rows[::length] // length).tolist()])
