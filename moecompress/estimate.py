@@ -135,40 +135,56 @@ def _component_bytes(
         if key in plain:
             after, before = shares.get(key, (1, 1))
             row[1] += info.nbytes // info.dtype.itemsize * model.reader.logical_dtype(key).itemsize * after // before
-    if output != "dense":
-        saving = _saved_bytes if output == "native" else _saved_portable
-        for layer in facts.layers:
-            for role, saved in saving(model, layer, schemes[layer.index]).items():
-                found[role][1] -= saved
+    for old, layer in zip(model.facts.layers, facts.layers, strict=True):
+        saved: Mapping[str, int] = {}
+        if output == "native":
+            resized = old.site is not None and layer.site is not None and old.site.num_experts != layer.site.num_experts
+            saved = _saved_bytes(model, layer, schemes[layer.index], resized)
+        elif output == "portable":
+            saved = _saved_portable(model, layer, schemes[layer.index])
+        for role, count in saved.items():
+            found[role][1] -= count
     return {role: (a, b) for role, (a, b) in sorted(found.items())}, sum(row[1] for row in found.values())
 
 
 def remaining_shares(model: StreamModel, facts: ModelFacts) -> dict[str, tuple[int, int]]:
     """Checkpoint tensor -> (experts after, before), for every tensor that shrinks when experts are removed.
 
-    Tensors of single experts are removed or kept whole; the share is right for all of them together.
+    Tensors of single experts are removed or kept whole; the share is right for all of them together. Experts that
+    become narrower count in neurons.
     """
     shares: dict[str, tuple[int, int]] = {}
     for old, new in zip(model.facts.layers, facts.layers, strict=True):
-        if old.site is None or new.site is None or new.site.num_experts == old.site.num_experts:
+        if old.site is None or new.site is None:
             continue
-        keys = list(model.expert_sources[old.index].checkpoint_keys)
-        for name in old.expert_dims:
-            keys += model.key_map.assemblies[f"{old.name}.{name}"].keys
-        shares.update(dict.fromkeys(keys, (new.site.num_experts, old.site.num_experts)))
+        source = model.expert_sources[old.index]
+        experts, ids = (new.site.num_experts, old.site.num_experts), (new.site.choices, old.site.num_experts)
+        width = (new.site.width, old.site.width) if new.site.width != old.site.width else (1, 1)
+        found = [(part.assembly.keys, experts, width) for part in source.projections.values()]
+        found += [(bias.keys, ids, width if name == "gate_up" else (1, 1)) for name, bias in source.biases.items()]
+        for keys, counts, widths in found:
+            after, before = counts[0] * widths[0], counts[1] * widths[1]
+            if after != before:
+                shares.update(dict.fromkeys(keys, (after, before)))
+        for name, dim in old.expert_dims.items():
+            before, after = old.shapes[name][dim], new.shapes[name][dim]
+            if before != after:
+                keys = model.key_map.assemblies[f"{old.name}.{name}"].keys
+                shares.update(dict.fromkeys(keys, (after, before)))
     return shares
 
 
-def _saved_bytes(model: StreamModel, layer: LayerFacts, chosen: Mapping[str, Scheme]) -> dict[str, int]:
-    """How many bytes quantized records save against the dense tensors of one layer, by role."""
+def _saved_bytes(model: StreamModel, layer: LayerFacts, chosen: Mapping[str, Scheme], resized: bool) -> dict[str, int]:
+    """How many bytes records save against the dense tensors of one layer, by role: of quantized experts, and of
+    unquantized ones in a layer of another size."""
     saved: dict[str, int] = {}
     dtype = model.facts.dtype
     site = layer.site
-    if site is not None and ("gate_up" in chosen or "down" in chosen):
+    if site is not None and (resized or "gate_up" in chosen or "down" in chosen):
         shapes = (("gate_up", (site.gate_up_rows, site.hidden)), ("down", (site.hidden, site.width)))
         record = plan_record([(name, shape, chosen.get(name, Scheme(16)), dtype) for name, shape in shapes])
         dense = sum(rows * columns for _, (rows, columns) in shapes) * dtype.itemsize
-        saved["routed_experts"] = (dense - record.row_bytes) * site.num_experts - 8 * site.num_experts - 1
+        saved["routed_experts"] = (dense - record.row_bytes) * site.num_experts - 8 * site.choices - 1
     for name, scheme in chosen.items():
         if name in layer.shapes:
             rows, columns = layer.shapes[name]

@@ -51,6 +51,17 @@ def received(weights: ExpertWeights, projection: Projection, inputs: Tensor, sch
     return inputs if scheme is None else rounded_as(scheme, inputs)
 
 
+def share_slots(ids: Tensor, weights: Tensor, skip: int) -> tuple[Tensor, Tensor]:
+    """Each expert once per token, with the sum of its weights: later slots of the same expert become `skip`, weight 0.
+
+    ids: int64 [T, K], weights: [T, K].
+    """
+    same = ids[:, :, None] == ids[:, None, :]
+    again = same.tril(-1).any(-1)
+    total = (same * weights[:, None, :]).sum(-1)
+    return ids.masked_fill(again, skip), total.masked_fill(again, 0)
+
+
 class Experts(nn.Module):
     """Routed experts of one layer. Made from the family's own module (`replacing`), which gives the activation."""
 
@@ -60,6 +71,7 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weights: Sequence[ExpertWeights] = ()
+        self.slots: Tensor | None = None  # int64 [ids + 1], where ids share experts: id -> place in weights; last: skip
         self.observer: ExpertObserver | None = None
 
     @classmethod
@@ -112,6 +124,8 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         ids, weights = top_k_index.reshape(-1, top_k_index.shape[-1]), top_k_weights
         weights = weights.reshape(ids.shape)
+        if self.slots is not None:
+            ids, weights = share_slots(self.slots[ids], weights, len(self))
         if self.observer is not None:
             self.observer.on_routing(hidden_states, ids, weights)
         out = torch.zeros_like(hidden_states)
@@ -143,16 +157,22 @@ class PackedExperts(Packed, Experts):
 
     @classmethod
     def packing(
-        cls, original: nn.Module, layouts: Sequence[RecordLayout], counts: Sequence[int], where: str
+        cls,
+        original: nn.Module,
+        layouts: Sequence[RecordLayout],
+        counts: Sequence[int],
+        where: str,
+        ids: int | None = None,
     ) -> PackedExperts:
         """An empty module in place of `original`, for `counts[k]` records of each layout, on the default device.
 
-        The number of experts may differ from the original's. Raises CheckpointError, naming `where`, when the
+        ids: how many the router gives (one per record by default, fewer records when ids share them); it may differ
+        from the original's number of experts. Raises CheckpointError, naming `where`, when the
         layouts hold matrices of another shape than the original's.
         """
         made = cls.replacing(original)
         assert isinstance(made, cls)
-        number = sum(counts)
+        number = sum(counts) if ids is None else ids
         for name, projection in _projections(made).items():
             shape = tuple(getattr(original, name).shape[1:])
             shape = shape[::-1] if made.is_transposed else shape

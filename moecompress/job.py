@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecompress.allocated import allocated_to
+from moecompress.arch.surgery import resized_facts
 from moecompress.passes.base import Decision, Pass
 from moecompress.planned import Plan
 from moecompress.rundir import RunDir
@@ -18,7 +19,7 @@ from moecompress.stats.base import Statistic
 from moecompress.stream.collect import Collector
 from moecompress.stream.model import StreamModel
 from moecompress.stream.streams import TokenRun
-from moecompress.types import LayerWeights, Stream
+from moecompress.types import LayerFacts, LayerWeights, ModelFacts, Stream
 
 PROBE = "probe"
 SAMPLE_TOKENS = 512  # real inputs per layer on which expert errors are measured
@@ -53,8 +54,24 @@ class Job:
         """The pass that an allocation by `step` is for."""
         return allocated_to(self.passes, self.position(step))
 
+    def facts_at(self, position: int) -> ModelFacts:
+        """The model as the pass at `position` finds it: the plan's facts, with the numbers of experts decided since."""
+        facts = self.plan.stages[position]
+        for earlier in range(position):
+            if self.passes[earlier].uneven and earlier in self.decided:
+                facts = replace(facts, layers=tuple(_resized(layer, self.decided[earlier]) for layer in facts.layers))
+        return facts
+
     def folder(self, position: int) -> str:
         return f"{position:02d}-{self.passes[position].name}"
+
+
+def _resized(layer: LayerFacts, decision: Decision) -> LayerFacts:
+    """The facts of a layer of which the decision says what stays."""
+    if layer.site is None:
+        return layer
+    site = replace(layer.site, num_experts=len(decision.of_layer(layer.index)["kept"]))
+    return replace(layer, site=site) if site.shared_ids is not None else resized_facts(layer, site)
 
 
 @dataclass

@@ -76,6 +76,7 @@ def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> Non
                 put(name, value)
     save_tensors(path, tensors)
     data = {"schemes": schemes, "experts": len(weights.experts), "kept": kept, "sources": weights.sources}
+    data["slots"] = weights.slots
     atomic_write(path.with_suffix(".json"), json.dumps(data, sort_keys=True) + "\n")
 
 
@@ -105,4 +106,5 @@ def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
         ExpertWeights(*(get(f"expert/{index}/{part}") for part in ExpertWeights.__dataclass_fields__))  # type: ignore[arg-type]
         for index in range(data["experts"])
     )
-    return replace(original.with_tensors(changed), experts=experts, sources=sources)
+    slots = None if data["slots"] is None else tuple(data["slots"])
+    return replace(original.with_tensors(changed), experts=experts, sources=sources, slots=slots)

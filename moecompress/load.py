@@ -120,7 +120,7 @@ class MoecompressQuantizer(HfQuantizer):
         if not is_experts(original):
             raise CheckpointError(message(f"{root}: {name}", type(original).__name__, "a module of routed experts"))
         before = original.down_proj.shape[0]
-        packed = PackedExperts.packing(original, layout.records, counts, f"{root}: {name}")
+        packed = PackedExperts.packing(original, layout.records, counts, f"{root}: {name}", layout.num_experts)
         model.set_submodule(module, packed)
         if layout.num_experts != before:
             block = model.get_submodule(module.rpartition(".")[0])

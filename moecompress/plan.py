@@ -64,7 +64,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     problems = _pass_problems(recipe, passes, stages) + list(reshaped.problems)
     warnings = list(reshaped.warnings)
     schemes = {layer.index: _schemes(passes, stages, layer.index) for layer in model.facts.layers}
-    output = _format(recipe, model, schemes, problems)
+    output = _format(recipe, model, schemes, problems, reshaped.native)
     problems += _calibration_problems(recipe, model, root)
     problems += _output_problems(recipe)
     owned = owners(model)
@@ -137,9 +137,18 @@ def _schemes(passes: tuple[Pass, ...], stages: tuple[ModelFacts, ...], index: in
 
 
 def _format(
-    recipe: Recipe, model: StreamModel, schemes: Mapping[int, Mapping[str, Scheme]], problems: list[str]
+    recipe: Recipe,
+    model: StreamModel,
+    schemes: Mapping[int, Mapping[str, Scheme]],
+    problems: list[str],
+    native: str | None,
 ) -> Format:
+    """The output's format. native: why it has to be that, if it has to."""
     wanted = recipe.output.format
+    if native is not None:
+        if wanted not in ("auto", "native"):
+            problems.append(message(f"output.format {wanted}", native, "native", "use format: native"))
+        return "native"
     quantized = any(schemes.values())
     if wanted in ("native", "portable") and not quantized and not problems:
         problems.append(message("output.format", f"{wanted}, but nothing is quantized", "dense", "use format: dense"))
@@ -260,7 +269,7 @@ def _actions(
     plain = set(model.reader.names())
     actions = {}
     for key in owned:
-        fewer = f"keep {shares[key][0]} of {shares[key][1]} experts" if key in shares else None
+        fewer = f"keep {shares[key][0]} of {shares[key][1]} {_unit(model, shares[key][1])}" if key in shares else None
         if key in dropped:
             actions[key] = "drop"
         elif key not in plain:
@@ -273,6 +282,11 @@ def _actions(
             same = model.reader.logical_dtype(key) == model.index.tensors[key].dtype
             actions[key] = "copy" if same else "dequantize to bfloat16"
     return actions
+
+
+def _unit(model: StreamModel, count: int) -> str:
+    sizes = {layer.site.num_experts for layer in model.facts.moe_layers if layer.site is not None}
+    return "experts" if count in sizes else "rows"
 
 
 def _describe(scheme: Scheme, output: Format) -> str:

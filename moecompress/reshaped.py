@@ -10,8 +10,8 @@ from typing import Any
 from moecompress.errors import UnsupportedModel
 from moecompress.passes.base import Pass
 from moecompress.stream.model import StreamModel
-from moecompress.stream.resize import with_resized
-from moecompress.types import ModelFacts
+from moecompress.stream.resize import check_uneven, with_resized
+from moecompress.types import ModelFacts, MoESite
 
 _EXTRA = re.compile(r"(.*?\bmtp|.*?\blayers\.\d+)\.")  # a block of layers for multi-token prediction
 _EXTRA_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -19,7 +19,10 @@ _EXTRA_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_l
 
 @dataclass(frozen=True)
 class Reshaped:
-    """model: it also runs with fewer experts. stages: facts before every pass, and after the last one."""
+    """model: it also runs with fewer experts. stages: facts before every pass, and after the last one.
+
+    native: why only the native format can hold the result, or None.
+    """
 
     model: StreamModel
     stages: tuple[ModelFacts, ...]
@@ -27,36 +30,52 @@ class Reshaped:
     dropped: frozenset[str]
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
+    native: str | None
 
 
 def reshape(model: StreamModel, passes: Sequence[Pass]) -> Reshaped:
     """Follow the passes through the model's shape. A pass that cannot run leaves the shape as it is."""
-    stages, problems = [model.facts], []
+    stages, problems, resized, unknown = [model.facts], [], False, False
     for step in passes:
         after = stages[-1] if step.check(stages[-1]) else step.reshape(stages[-1])
-        if _experts(after) != _experts(stages[-1]):
-            try:
-                model = with_resized(model, after)
-            except UnsupportedModel as error:
-                problems.append(f"{step.name}: {error}")
-                after = stages[-1]
+        try:
+            if after is stages[-1]:
+                pass
+            elif len(set(_shapes(after))) > 1 or step.uneven:
+                if resized:
+                    raise UnsupportedModel("other numbers of experts per layer after an earlier pass removed some")
+                check_uneven(model, after)
+                unknown |= step.uneven
+            elif _shapes(after) != _shapes(stages[-1]):
+                model, resized = with_resized(model, after), True
+        except UnsupportedModel as error:
+            problems.append(f"{step.name}: {error}")
+            after = stages[-1]
         stages.append(after)
-    resized = model.resized.get(_experts(stages[-1]))
-    if resized is None:
-        return Reshaped(model, tuple(stages), model.raw_config, frozenset(), tuple(problems), ())
-    dropped = _extra_layers(model)
-    config = dict(resized.raw_config)
-    warnings: tuple[str, ...] = ()
+    sites = _sites(stages[-1])
+    shared = any(site.shared_ids is not None for site in sites)
+    uneven = unknown or len({site.choices for site in sites}) > 1
+    native = "layers have different numbers of experts" if uneven else "ids of the router share experts"
+    made = None if uneven else model.resized.get(sites[0].choices)
+    config, dropped, warnings = dict(model.raw_config if made is None else made.raw_config), frozenset[str](), []
+    if made is not None:
+        dropped = _extra_layers(model)
     if dropped:
         _without_extra_layers(config)
-        warnings = (f"{len(dropped)} tensors of layers for multi-token prediction are dropped, as experts are removed",)
-    return Reshaped(model, tuple(stages), config, dropped, tuple(problems), warnings)
+        warnings.append(
+            f"{len(dropped)} tensors of layers for multi-token prediction are dropped, as experts are removed"
+        )
+    reason = native if shared or uneven else None
+    return Reshaped(model, tuple(stages), config, dropped, tuple(problems), tuple(warnings), reason)
 
 
-def _experts(facts: ModelFacts) -> int:
-    site = facts.moe_layers[0].site
-    assert site is not None
-    return site.num_experts
+def _sites(facts: ModelFacts) -> list[MoESite]:
+    return [layer.site for layer in facts.moe_layers if layer.site is not None]
+
+
+def _shapes(facts: ModelFacts) -> list[tuple[int, ...]]:
+    """What of every MoE layer the configuration has to say."""
+    return [(site.choices, site.top_k, site.groups, site.top_groups, site.width) for site in _sites(facts)]
 
 
 def _extra_layers(model: StreamModel) -> frozenset[str]:

@@ -255,7 +255,7 @@ def _model_context(job: Job, position: int, statistics: Mapping[int, Mapping[str
         return output_fisher(job.model, weights_before(job, position), tokens.ids[rows], generator())
 
     fixed = job.plan.estimate.fixed_bytes
-    return ModelContext(job.plan.stages[position], statistics, generator, fisher, job.quantizer_after(step), fixed)
+    return ModelContext(job.facts_at(position), statistics, generator, fisher, job.quantizer_after(step), fixed)
 
 
 def _saved_statistics(job: Job, position: int, index: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -230,18 +230,16 @@ def _restored(job: Job, index: int, number: int, expert: ExpertWeights) -> Exper
         if step.transforms_experts or step.removes_experts:
             decision = _decision(job, position, index)
         if decision is not None and step.transforms_experts:
-            expert = step.restored(job.plan.stages[position].layers[index], decision, number, expert)
+            expert = step.restored(job.facts_at(position).layers[index], decision, number, expert)
         if decision is not None and step.removes_experts:
-            number = decision.data["kept"][number]
+            number = decision.of_layer(index)["kept"][number]
     return expert
 
 
 def _said(job: Job, position: int, index: int) -> Mapping[str, Any]:
     """What a pass's decision says about one layer."""
     decision = _decision(job, position, index)
-    data = decision.data if decision is not None else {}
-    said: Mapping[str, Any] = data.get("layers", {}).get(str(index), data)  # MODEL passes keep all under their index
-    return said
+    return {} if decision is None else decision.of_layer(index)
 
 
 def _aligned(job: Job, index: int) -> list[Mapping[str, Any]]:

@@ -145,13 +145,15 @@ class LayerWeights:
 
     tensors: e.g. `self_attn.q_proj.weight`, `mlp.gate.weight`, `input_layernorm.weight`; parameters and persistent
     buffers. experts: empty for a layer without routed experts. sources: for every expert its number in the checkpoint;
-    None = all of them, in order.
+    None = all of them, in order. slots: where experts are shared, for every id that the router gives the place in
+    `experts` of the one that serves it; None = the ids are those places.
     """
 
     index: int
     tensors: Mapping[str, Weight]
     experts: Sequence[ExpertWeights] = ()
     sources: tuple[int, ...] | None = None
+    slots: tuple[int, ...] | None = None
 
     def with_tensors(self, changed: Mapping[str, Weight]) -> LayerWeights:
         unknown = sorted(set(changed) - set(self.tensors))
@@ -166,6 +168,11 @@ class LayerWeights:
     def source_ids(self) -> tuple[int, ...]:
         """For every expert its number in the checkpoint."""
         return tuple(range(len(self.experts))) if self.sources is None else self.sources
+
+    @property
+    def choices(self) -> int:
+        """How many ids the router gives."""
+        return len(self.experts) if self.slots is None else len(self.slots)
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,13 @@ class MoESite:
     has_bias: bool = False
     groups: int = 1  # equal runs of experts, of which the router first chooses `top_groups`
     top_groups: int = 1
+    extra_rows: int = 0  # rows of the router after those of the routed experts (inkling: gates of shared experts)
+    shared_ids: int | None = None  # ids that the router gives, where several of them share an expert
+
+    @property
+    def choices(self) -> int:
+        """How many ids the router gives."""
+        return self.num_experts if self.shared_ids is None else self.shared_ids
 
     @property
     def gate_up_rows(self) -> int:

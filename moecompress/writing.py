@@ -166,9 +166,9 @@ def _records(model: StreamModel, prefix: str, weights: LayerWeights, written: Wr
     facts = model.facts.layers[weights.index]
     site, source = facts.site, model.expert_sources[weights.index]
     assert site is not None
-    layouts, entries = expert_entries(prefix, weights.experts)
+    layouts, entries = expert_entries(prefix, weights.experts, weights.slots)
     written.entries += entries
-    written.experts[prefix] = ExpertsLayout(len(weights.experts), layouts)
+    written.experts[prefix] = ExpertsLayout(weights.choices, layouts)
     outputs = [entry.name for entry in entries]
     for name, part in source.projections.items():
         action = "quantize" if isinstance(weights.experts[0].projection(name), QuantizedTensor) else "rewrite"
@@ -179,7 +179,8 @@ def _records(model: StreamModel, prefix: str, weights: LayerWeights, written: Wr
         else:
             written.note(part.assembly.keys, action, outputs, weights.experts[0].projection(name))
     for name, assembly in source.biases.items():
-        biases = [e.gate_up_bias if name == "gate_up" else e.down_bias for e in weights.experts]
+        of_id = weights.experts if weights.slots is None else [weights.experts[place] for place in weights.slots]
+        biases = [e.gate_up_bias if name == "gate_up" else e.down_bias for e in of_id]
         stacked = torch.stack([bias for bias in biases if bias is not None])
         _write_dense(model, assembly, {assembly.targets[0]: stacked}, "copy", written)
     _note_companions(model, source.checkpoint_keys, written)

@@ -59,6 +59,7 @@ _NAMED: Mapping[str, str] = {
 _RULES: Mapping[str, Scoring] = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "sqrt_softplus"}
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_WIDTH = ("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size", "intermediate_size")
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "num_experts_per_token", "moe_top_k", "top_k")
 
 
@@ -83,10 +84,11 @@ def routing_groups(config: Any) -> tuple[int, int]:
     return groups, chosen
 
 
-def shape_names(config: Any, experts: int, top_k: int) -> dict[str, tuple[str, ...]]:
-    """Config entries that hold the number of experts, of experts per token and of groups, under all their spellings.
+def shape_names(config: Any, experts: int, top_k: int, width: int) -> dict[str, tuple[str, ...]]:
+    """Config entries that hold the number of experts, of experts per token and of groups, under all their spellings,
+    and the experts' width.
 
-    Keys: experts, top_k, groups, top_groups. An entry counts when it has the value that the modules show.
+    Keys: experts, top_k, groups, top_groups, width. An entry counts when it has the value that the modules show.
     """
     groups, chosen = routing_groups(config)
     wanted = {
@@ -94,11 +96,13 @@ def shape_names(config: Any, experts: int, top_k: int) -> dict[str, tuple[str, .
         "top_k": (_TOP_K, top_k),
         "groups": (("n_group", "num_expert_group"), groups),
         "top_groups": (("topk_group",), chosen),
+        "width": (_WIDTH, width),
     }
-    return {
+    found = {
         key: tuple(name for name in names if getattr(config, name, None) == value)
         for key, (names, value) in wanted.items()
     }
+    return {**found, "width": found["width"][:1]}  # another entry of the same value is that of dense layers
 
 
 def top_k(config: Any) -> int | None:

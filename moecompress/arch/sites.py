@@ -82,9 +82,11 @@ def find_site(layer: nn.Module, layer_name: str, model_type: str, top_k: int) ->
         raise UnsupportedModel(
             message(f"{layer_name}.{name}", f"{gate_up.shape[0]} gate_up but {down.shape[0]} down experts", "equal")
         )
+    router = _find_router(layer, name, layer_name, model_type)
     return MoESite(
         experts=name,
-        router=_find_router(layer, name, layer_name, model_type),
+        router=router,
+        extra_rows=extra_rows(layer.get_submodule(router), gate_up.shape[0]),
         num_experts=gate_up.shape[0],
         top_k=top_k,
         hidden=gate_up.shape[hidden],
@@ -105,6 +107,12 @@ def _find_router(layer: nn.Module, experts: str, layer_name: str, model_type: st
             return f"{parent_name}.{child}" if parent_name else child
     children = ", ".join(name for name, _ in parent.named_children())
     raise UnsupportedModel(message(f"{layer_name}.{parent_name}", f"no router among {children}", "gate or router"))
+
+
+def extra_rows(router: nn.Module, experts: int) -> int:
+    """Rows of a router's matrix after those of its `experts` routed experts: it gates shared experts, too (inkling)."""
+    shared, weight = getattr(router, "n_shared_experts", None), getattr(router, "weight", None)
+    return shared if isinstance(shared, int) and weight is not None and len(weight) == experts + shared else 0
 
 
 def role_of(name: str, site: MoESite | None, shape: tuple[int, ...]) -> Role:
@@ -163,8 +171,9 @@ def expert_dims(shapes: Mapping[str, tuple[int, ...]], site: MoESite | None) -> 
     for name, shape in shapes.items():
         parent, _, leaf = name.rpartition(".")
         if name.startswith(f"{site.router}.") or (parent == block and "bias" in leaf):
-            if site.num_experts in shape:
-                found[name] = shape.index(site.num_experts)
+            sizes = [size for size in (site.num_experts, site.num_experts + site.extra_rows) if size in shape]
+            if sizes:
+                found[name] = shape.index(sizes[0])
     return found
 
 

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from moecompress.arch.quirks import router_names, shape_names
+from moecompress.arch.sites import extra_rows
 from moecompress.types import LayerFacts, LayerWeights, MoESite, QuantizedTensor, Weight
 
 
 def resized_facts(layer: LayerFacts, site: MoESite) -> LayerFacts:
     """The facts of a MoE layer once its site is `site`: shapes of router tensors follow the number of experts."""
-    shapes = dict(layer.shapes)
+    shapes, before = dict(layer.shapes), layer.site.choices if layer.site else 0
     for name, dim in layer.expert_dims.items():
-        shapes[name] = (*shapes[name][:dim], site.num_experts, *shapes[name][dim + 1 :])
+        size = site.choices + shapes[name][dim] - before  # rows after those of the experts stay
+        shapes[name] = (*shapes[name][:dim], size, *shapes[name][dim + 1 :])
     return replace(layer, site=site, shapes=shapes)
 
 
@@ -32,13 +34,15 @@ def keep_experts(layer: LayerFacts, weights: LayerWeights, kept: Sequence[int]) 
         raise ValueError(f"experts to keep: {list(kept)}; allowed: ascending numbers below {len(weights.experts)}")
     if len(kept) == len(weights.experts):
         return weights
-    index = torch.tensor(kept)
+    if weights.slots is not None:
+        raise ValueError("experts that several ids of the router share cannot be removed")
     changed: dict[str, Weight] = {}
     for name, dim in layer.expert_dims.items():
         value = weights.tensors[name]
         if isinstance(value, QuantizedTensor):
             raise ValueError(f"{name} is quantized; routers are not")
-        changed[name] = value.index_select(dim, index)
+        after = range(len(weights.experts), value.shape[dim])
+        changed[name] = value.index_select(dim, torch.tensor([*kept, *after]))
     sources = tuple(weights.source_ids[i] for i in kept)
     experts = tuple(weights.experts[i] for i in kept)
     return replace(weights.with_tensors(changed), experts=experts, sources=sources)
@@ -65,12 +69,13 @@ def resized_entries(raw: Mapping[str, Any], config: Any, before: MoESite, after:
 
 
 def _changes(text: Any, before: MoESite, after: MoESite) -> dict[str, int]:
-    names = shape_names(text, before.num_experts, before.top_k)
+    names = shape_names(text, before.num_experts, before.top_k, before.width)
     pairs = {
-        "experts": (before.num_experts, after.num_experts),
+        "experts": (before.num_experts, after.choices),
         "top_k": (before.top_k, after.top_k),
         "groups": (before.groups, after.groups),
         "top_groups": (before.top_groups, after.top_groups),
+        "width": (before.width, after.width),
     }
     changes: dict[str, int] = {}
     for key, (old, new) in pairs.items():
@@ -86,21 +91,39 @@ def resize_experts(block: nn.Module, experts: nn.Module, model_type: str, before
     """Make `block` (the parent of `experts`) expect `after` routed experts instead of `before`.
 
     Router tensors lose or gain rows in their first dimension of size `before` ([E, H], [E], [1, E]), correction
-    biases that live on the block too; integer attributes such as `num_experts` follow. Tensors are new and empty, on
-    the device of the old ones.
+    biases that live on the block too; integer attributes such as `num_experts` follow, and the experts' own stacked
+    tensors where `experts` still has them. Tensors are new and empty, on the device of the old ones.
     """
+    for name in list(experts._parameters):
+        if experts._parameters[name] is not None and experts._parameters[name].shape[:1] == (before,):  # type: ignore[union-attr]
+            _resize(experts, name, before, after)
     routers = [child for name in router_names(model_type) if isinstance(child := getattr(block, name, None), nn.Module)]
     for module in [part for router in routers for part in router.modules()]:
+        extra = extra_rows(module, before)
         for name in list(module._parameters) + list(module._buffers):
             _resize(module, name, before, after)
+            if extra:
+                _resize(module, name, before + extra, after + extra)
     for name in list(block._parameters) + list(block._buffers):
         if "bias" in name:
             _resize(block, name, before, after)
     for module in (block, experts, *(part for router in routers for part in router.modules())):
-        for name in _counts(module, before):
-            setattr(module, name, after)
+        for name, value in _counts(module, before):
+            setattr(module, name, value + after - before)
         if isinstance(module, nn.Linear) and module.out_features == before:
             module.out_features = after
+
+
+def resized_layer(layer: nn.Module, site: MoESite, model_type: str, count: int) -> nn.Module:
+    """A copy of an empty decoder layer whose router and experts are of `count` experts instead of the site's.
+
+    Computed buffers are copied, everything else has no memory (the meta device).
+    """
+    made = deepcopy(layer)
+    parent = site.experts.rpartition(".")[0]
+    block = made.get_submodule(parent) if parent else made
+    resize_experts(block, made.get_submodule(site.experts), model_type, site.num_experts, count)
+    return made
 
 
 def _resize(module: nn.Module, name: str, before: int, after: int) -> None:
@@ -116,8 +139,10 @@ def _resize(module: nn.Module, name: str, before: int, after: int) -> None:
         module._buffers[name] = made
 
 
-def _counts(module: nn.Module, before: int) -> Iterator[str]:
-    """Attributes that hold the number of routed experts: num_experts, n_routed_experts, num_local_experts, ..."""
+def _counts(module: nn.Module, before: int) -> Iterator[tuple[str, int]]:
+    """Attributes that count routed experts (num_experts, n_routed_experts, num_local_experts, ...), alone or with the
+    shared ones (n_total_experts), and their values."""
+    total = before + getattr(module, "n_shared_experts", 0) if hasattr(module, "n_total_experts") else before
     for name, value in list(vars(module).items()):
-        if type(value) is int and value == before and name.endswith("experts") and "shared" not in name:
-            yield name
+        if type(value) is int and value in (before, total) and name.endswith("experts") and "shared" not in name:
+            yield name, value

@@ -124,18 +124,22 @@ def decode_linear(layout: RecordLayout, row: Tensor) -> Weight:
     return _decode(layout, row)[LINEAR]
 
 
-def expert_entries(module: str, experts: Sequence[ExpertWeights]) -> tuple[tuple[RecordLayout, ...], tuple[Entry, ...]]:
+def expert_entries(
+    module: str, experts: Sequence[ExpertWeights], slots: Sequence[int] | None = None
+) -> tuple[tuple[RecordLayout, ...], tuple[Entry, ...]]:
     """What one layer's experts are in a shard: the layouts k and the entries to be written.
 
+    slots: for every id of the router the expert that serves it, where ids share experts.
+
     `<module>.rec<k>` uint8 [n_k, R_k] (rows by expert number, one encoded at a time while writing),
-    `<module>.slot_map` int32 [E, 2] = (k, row), and the guard `<module>.down_proj`, which makes a load without
-    our quantizer fail instead of giving random experts.
+    `<module>.slot_map` int32 [E, 2] = (k, row) of every id, and the guard `<module>.down_proj`, which makes a load
+    without our quantizer fail instead of giving random experts.
     """
     members: dict[RecordLayout, list[ExpertWeights]] = {}
     layouts = [record_layout(expert) for expert in experts]
     numbers = {layout: number for number, layout in enumerate(dict.fromkeys(layouts))}
-    slots = torch.empty(len(experts), 2, dtype=torch.int32)
-    for row, (layout, expert) in zip(slots, zip(layouts, experts, strict=True), strict=True):
+    places = torch.empty(len(experts), 2, dtype=torch.int32)
+    for row, (layout, expert) in zip(places, zip(layouts, experts, strict=True), strict=True):
         rows = members.setdefault(layout, [])
         row[0], row[1] = numbers[layout], len(rows)
         rows.append(expert)
@@ -143,7 +147,9 @@ def expert_entries(module: str, experts: Sequence[ExpertWeights]) -> tuple[tuple
         _record_entry(f"{module}.rec{number}", layout, [_projections(e) for e in members[layout]])
         for layout, number in numbers.items()
     ]
-    entries += [tensor_entry(f"{module}.slot_map", slots), tensor_entry(f"{module}.down_proj", GUARD)]
+    if slots is not None:
+        places = places[torch.tensor(slots)]
+    entries += [tensor_entry(f"{module}.slot_map", places), tensor_entry(f"{module}.down_proj", GUARD)]
     return tuple(numbers), tuple(entries)
 
 

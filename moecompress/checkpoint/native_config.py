@@ -38,7 +38,10 @@ _MAX_SIZE = 1 << 31  # rows or columns of one matrix
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """The routed experts of one module: how many, and the layout of each of its `rec<k>` tensors."""
+    """The routed experts of one module: how many ids the router gives, and the layout of each `rec<k>` tensor.
+
+    Ids may share a record: `slot_map` says which.
+    """
 
     num_experts: int
     records: tuple[RecordLayout, ...]

@@ -41,6 +41,10 @@ class Decision:
     data: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def of_layer(self, index: int) -> Mapping[str, Any]:
+        """The data of one layer: all of it, or what a MODEL pass keeps under the layer's index."""
+        return self.data.get("layers", {}).get(str(index), self.data)  # type: ignore[no-any-return]
+
 
 Forward = Callable[[ExpertWeights, Tensor], Tensor]
 ForwardRounded = Callable[[ExpertWeights, Tensor, Scheme], Tensor]
@@ -148,7 +152,7 @@ class Pass(BaseModel):
     propagate: ClassVar[Stream] = "compressed"
     expensive: ClassVar[bool] = False  # a finished layer is stored at a barrier instead of applying again
     transforms_experts: ClassVar[bool] = False  # moves scales or rotations in and out of experts; has `restored`
-    removes_experts: ClassVar[bool] = False  # `kept` in the decision: numbers of the experts that stay; has `reshape`
+    removes_experts: ClassVar[bool] = False  # `kept` in a layer's decision: numbers of the experts that stay
     needs_block_error: ClassVar[bool] = False  # LAYER passes that learn from the layer's output error
 
     @property
@@ -168,6 +172,12 @@ class Pass(BaseModel):
     @property
     def pairs_streams(self) -> bool:
         """Whether the pass reads the original stream's expert inputs beside the compressed stream's."""
+        return False
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers keep numbers of experts that are known only once the pass has decided (`reshape` tells the
+        expected ones)."""
         return False
 
     def statistics_bytes(self, layer: LayerFacts) -> int:

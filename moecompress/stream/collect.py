@@ -136,9 +136,10 @@ class BatchWatch:
         if not self._owner.statistics or not bool(self._train.any()):
             return
         keep = slice(None) if bool(self._train.all()) else self._train
-        observation = RoutingObservation(
-            hidden[keep], ids[keep], weights[keep], None if logits is None else logits[keep], self._rows[keep]
-        )
+        if self._experts is not None and self._experts.slots is not None:
+            logits = None  # of ids that share experts
+        given = None if logits is None else logits[keep]
+        observation = RoutingObservation(hidden[keep], ids[keep], weights[keep], given, self._rows[keep])
         for item in self._owner.statistics:
             item.observe_routing(self._owner.states[item.name], observation)
         if any(item.all_experts for item in self._owner.statistics):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moecompress.arch.quirks import routing_groups, scoring, top_k
 from moecompress.arch.sites import expert_dims, find_layers, find_site, quantizable_linears, role_of
+from moecompress.arch.surgery import resize_experts, resized_facts, resized_layer
 from moecompress.checkpoint.index import CheckpointIndex, open_index
 from moecompress.checkpoint.native import decode, decode_linear
 from moecompress.checkpoint.native_check import check_records, comes_from_native, is_native_tensor
@@ -55,21 +56,40 @@ class StreamModel:
     native: NativeConfig | None
     tied: Mapping[str, str]  # module name -> the module tensor whose weights it shares
     resized: Mapping[int, Resized] = field(default_factory=dict, repr=False)  # by number of experts, see stream.resize
+    single: dict[tuple[int, int], nn.Module] = field(default_factory=dict, repr=False)  # layers of their own size
 
     def module_of(self, weights: LayerWeights) -> nn.Module:
-        """The empty decoder layer for these weights: with as many experts as they have."""
-        other = self.resized.get(len(weights.experts))
+        """The empty decoder layer for these weights: its router gives as many ids as they have."""
+        other = self.resized.get(weights.choices)
         skeleton = self.skeleton if other is None else other.skeleton
-        return skeleton.get_submodule(self.layers_name)[weights.index]  # type: ignore[no-any-return]
+        layer = skeleton.get_submodule(self.layers_name)[weights.index]
+        site = self.facts.layers[weights.index].site
+        if other is not None or site is None or site.num_experts == weights.choices:
+            return layer  # type: ignore[no-any-return]
+        key = (weights.index, weights.choices)
+        if key not in self.single:
+            self.single[key] = resized_layer(layer, site, self.facts.model_type, weights.choices)
+        return self.single[key]
 
     def facts_of(self, weights: LayerWeights) -> LayerFacts:
-        """The facts of the layer these weights belong to, with as many experts as they have."""
-        return self.model_facts_of(weights).layers[weights.index]
+        """The facts of the layer these weights belong to, with the experts that they have."""
+        other = self.resized.get(weights.choices)
+        layer = (self.facts if other is None else other.facts).layers[weights.index]
+        if layer.site is None:
+            return layer
+        if weights.choices != layer.site.choices:
+            layer = resized_facts(layer, replace(layer.site, num_experts=weights.choices, shared_ids=None))
+        assert layer.site is not None
+        ids = None if weights.slots is None else weights.choices
+        width = weights.experts[0].down.shape[1]
+        return replace(layer, site=replace(layer.site, num_experts=len(weights.experts), shared_ids=ids, width=width))
 
     def model_facts_of(self, weights: LayerWeights) -> ModelFacts:
-        """The model's facts with as many experts per layer as these weights have."""
-        other = self.resized.get(len(weights.experts))
-        return self.facts if other is None else other.facts
+        """The model's facts with this layer as its weights are, and the others with as many experts per layer."""
+        other = self.resized.get(weights.choices)
+        facts = self.facts if other is None else other.facts
+        layers = (*facts.layers[: weights.index], self.facts_of(weights), *facts.layers[weights.index + 1 :])
+        return replace(facts, layers=layers)
 
     @property
     def compressed(self) -> bool:
@@ -155,7 +175,8 @@ class StreamModel:
         layouts = self.native.experts[prefix].records
         slots = self.reader.read(f"{prefix}.slot_map").tolist()
         rows = [self.reader.read(f"{prefix}.rec{k}") for k in range(len(layouts))]
-        experts = [decode(layouts[k], rows[k][row]) for k, row in slots]
+        found = {(k, row): decode(layouts[k], rows[k][row]) for k, row in map(tuple, slots)}
+        experts = [found[k, row] for k, row in slots]  # ids may share a record
         if not facts.site.has_bias:
             return tuple(experts)
         up = self.read_outer(f"{prefix}.{facts.site.gate_up_name}_bias")
@@ -193,6 +214,8 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
         check_records(native, index, reader.read)
     skeleton: Any = build_skeleton(config, trust_remote_code=trust_remote_code)
     layers_name, layers = find_layers(skeleton, config.model_type)
+    if native is not None:
+        _fit_counts(skeleton, native, config.get_text_config().model_type)
     plain = [name for name in reader.names() if native is None or not is_native_tensor(native, name)]
     key_map = build_key_map(skeleton, plain)
     tied = dict(getattr(skeleton, "all_tied_weights_keys", {}) or {})
@@ -211,6 +234,17 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
         if layer.site is not None:
             replace_experts(layers[layer.index], layer.site.experts)
     return StreamModel(root, config, raw, facts, skeleton, layers_name, index, reader, key_map, sources, native, tied)
+
+
+def _fit_counts(skeleton: Any, native: NativeConfig, model_type: str) -> None:
+    """Give layers that were written with fewer experts than config.json says their own number."""
+    modules = dict(skeleton.named_modules())
+    for name, layout in native.experts.items():
+        experts = modules.get(name)
+        if experts is None or experts.down_proj.shape[0] == layout.num_experts:
+            continue
+        block = modules[name.rpartition(".")[0]]
+        resize_experts(block, experts, model_type, experts.down_proj.shape[0], layout.num_experts)
 
 
 def _quantization(
