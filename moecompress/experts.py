@@ -71,7 +71,7 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weights: Sequence[ExpertWeights] = ()
-        self.slots: Tensor | None = None  # int64 [ids + 1], where ids share experts: id -> place in weights; last: skip
+        self.sharing: Tensor | None = None  # int64 [ids + 1], where ids share experts: id -> place in weights; last: skip
         self.observer: ExpertObserver | None = None
 
     @classmethod
@@ -124,8 +124,8 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         ids, weights = top_k_index.reshape(-1, top_k_index.shape[-1]), top_k_weights
         weights = weights.reshape(ids.shape)
-        if self.slots is not None:
-            ids, weights = share_slots(self.slots[ids], weights, len(self))
+        if self.sharing is not None:
+            ids, weights = share_slots(self.sharing[ids], weights, len(self))
         if self.observer is not None:
             self.observer.on_routing(hidden_states, ids, weights)
         out = torch.zeros_like(hidden_states)

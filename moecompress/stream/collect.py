@@ -136,7 +136,7 @@ class BatchWatch:
         if not self._owner.statistics or not bool(self._train.any()):
             return
         keep = slice(None) if bool(self._train.all()) else self._train
-        if self._experts is not None and self._experts.slots is not None:
+        if self._experts is not None and self._experts.sharing is not None:
             logits = None  # of ids that share experts
         given = None if logits is None else logits[keep]
         observation = RoutingObservation(hidden[keep], ids[keep], weights[keep], given, self._rows[keep])

@@ -31,7 +31,7 @@ def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Modul
     empty: dict[str, Tensor] = {}
     before: Sequence[ExpertWeights] = ()
     hooks = []
-    slots: Tensor | None = None
+    sharing: Tensor | None = None
     try:
         for name, value in weights.tensors.items():
             if isinstance(value, QuantizedTensor) and value.scheme.activation != "none":
@@ -42,7 +42,7 @@ def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Modul
         if facts.site is not None:
             experts = experts_of(layer, facts.site.experts)
             before, experts.weights = experts.weights, weights.experts
-            slots, experts.slots = experts.slots, _slots(weights)
+            sharing, experts.sharing = experts.sharing, _sharing(weights)
         yield layer
     finally:
         for hook in hooks:
@@ -51,10 +51,10 @@ def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Modul
             _swap(layer, name, value)
         if facts.site is not None:
             experts = experts_of(layer, facts.site.experts)
-            experts.weights, experts.slots = before, slots
+            experts.weights, experts.sharing = before, sharing
 
 
-def _slots(weights: LayerWeights) -> Tensor | None:
+def _sharing(weights: LayerWeights) -> Tensor | None:
     """Id of the router (the one after the last means skip) -> place of its expert; None where each has its own."""
     return None if weights.slots is None else torch.tensor([*weights.slots, len(weights.experts)])
 
