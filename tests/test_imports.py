@@ -37,7 +37,7 @@ LAYERS = (
     ("reload", "results", "finish", "run", "export", "inspect", "doctor"),
     ("cli", "__main__"),
 )
-SHARED = ("base", "pruning", "quantizer", "allocator")  # modules of passes/ that are no passes
+SHARED = ("base", "shrinking", "pruning", "merging", "quantizer", "allocator")  # modules of passes/ that are no passes
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Outside library -> rooms that may import it, even inside a function.
 RESERVED = {
