@@ -57,9 +57,10 @@ def estimate(
     probe_tokens: int,
     facts: ModelFacts | None = None,
     dropped: Collection[str] = (),
+    added: int = 0,
 ) -> Estimate:
     """Predict one run. statistics: bytes the passes hold at once, by layer. facts: of the output, where experts are
-    removed; dropped: checkpoint tensors outside the layers that are left out.
+    removed; dropped: checkpoint tensors outside the layers that are left out. added: bytes of tensors that passes add.
 
     Uses the process's present memory as the base, so transformers should be imported by now.
     """
@@ -76,7 +77,8 @@ def estimate(
     parts = _peak_parts(
         model, schemes, output, statistics, min(batch_tokens, max(tokens)), max(lengths), [c.parts for c in generated]
     )
-    weights = sum(out for _, out in component.values())
+    out_bytes += added
+    weights = sum(out for _, out in component.values()) + added
     codes = [_expert_bits(layer, schemes[layer.index]) for layer in facts.moe_layers]
     expert_weights = sum(_expert_bits(layer, {})[0] for layer in model.facts.moe_layers)
     total_weights = _count_weights(model)

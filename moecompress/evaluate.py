@@ -161,7 +161,7 @@ def _layer_ids(model: StreamModel, runs: Mapping[str, TokenRun], index: int) -> 
         collector = None if site is None else Collector(site, (), (), run.measured)
         run_layer(model, weights, run, "original", collector=collector)
         if collector is not None:
-            ids += collector.log.ids
+            ids += [found.masked_fill(found == len(weights.experts), -1) for found in collector.log.ids]
     return torch.cat(ids).long() if ids else None
 
 

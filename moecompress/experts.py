@@ -9,7 +9,7 @@ to a kernel backend when one can run them (ops.py), and stay on the path above o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +18,15 @@ from torch.nn import functional as F
 from moecompress import ops
 from moecompress.arch.activation import recognise
 from moecompress.checkpoint.native import LINEAR, RecordLayout, decode, decode_linear
+from moecompress.checkpoint.native_gate import GateLayout
+from moecompress.dispatch import Dispatch
 from moecompress.errors import CheckpointError, UnsupportedModel, message
 from moecompress.numerics.activation import rounded_as
+from moecompress.numerics.grids import is_absent
 from moecompress.numerics.turn import turned
 from moecompress.ops import Layer, materialise, routed_slots
 from moecompress.packed import Packed
 from moecompress.types import ExpertWeights, Projection, QuantizedTensor, Scheme
-
-
-class ExpertObserver(Protocol):
-    """What may watch the experts of one layer run. Tensors are inputs aligned with their gates, in the run's dtype."""
-
-    def on_routing(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """hidden [T, H], ids int64 [T, K], weights [T, K] of one call."""
-
-    def on_expert(
-        self, expert: int, rows: Tensor, weights: Tensor, inputs: Tensor, intermediate: Tensor, outputs: Tensor
-    ) -> None:
-        """rows int64 [n], weights [n], inputs [n, H], intermediate [n, I], unweighted outputs [n, H].
-
-        inputs, intermediate: as gate_up and down receive them (`received`)."""
 
 
 def received(weights: ExpertWeights, projection: Projection, inputs: Tensor, scheme: Scheme | None = None) -> Tensor:
@@ -51,18 +40,7 @@ def received(weights: ExpertWeights, projection: Projection, inputs: Tensor, sch
     return inputs if scheme is None else rounded_as(scheme, inputs)
 
 
-def share_slots(ids: Tensor, weights: Tensor, skip: int) -> tuple[Tensor, Tensor]:
-    """Each expert once per token, with the sum of its weights: later slots of the same expert become `skip`, weight 0.
-
-    ids: int64 [T, K], weights: [T, K].
-    """
-    same = ids[:, :, None] == ids[:, None, :]
-    again = same.tril(-1).any(-1)
-    total = (same * weights[:, None, :]).sum(-1)
-    return ids.masked_fill(again, skip), total.masked_fill(again, 0)
-
-
-class Experts(nn.Module):
+class Experts(Dispatch):
     """Routed experts of one layer. Made from the family's own module (`replacing`), which gives the activation."""
 
     has_gate: bool
@@ -71,8 +49,6 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weights: Sequence[ExpertWeights] = ()
-        self.sharing: Tensor | None = None  # int64 [ids + 1], where ids share experts: id -> place in weights; last: skip
-        self.observer: ExpertObserver | None = None
 
     @classmethod
     def replacing(cls, original: nn.Module) -> Experts:
@@ -121,11 +97,13 @@ class Experts(nn.Module):
             output = self.post_expert_norm(output)  # type: ignore[operator]
         return intermediate, output
 
+    def absent(self) -> Sequence[int]:
+        known = isinstance(self.weights, tuple | list)  # others make their experts when asked, and have none absent
+        return [index for index, expert in enumerate(self.weights) if is_absent(expert)] if known else ()
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         ids, weights = top_k_index.reshape(-1, top_k_index.shape[-1]), top_k_weights
-        weights = weights.reshape(ids.shape)
-        if self.sharing is not None:
-            ids, weights = share_slots(self.sharing[ids], weights, len(self))
+        ids, weights = self.dispatch(hidden_states, ids, weights.reshape(ids.shape))
         if self.observer is not None:
             self.observer.on_routing(hidden_states, ids, weights)
         out = torch.zeros_like(hidden_states)
@@ -163,6 +141,7 @@ class PackedExperts(Packed, Experts):
         counts: Sequence[int],
         where: str,
         ids: int | None = None,
+        gate: GateLayout | None = None,
     ) -> PackedExperts:
         """An empty module in place of `original`, for `counts[k]` records of each layout, on the default device.
 
@@ -189,10 +168,18 @@ class PackedExperts(Packed, Experts):
             made.register_parameter(f"rec{k}", _frozen(torch.empty(count, layout.row_bytes, dtype=torch.uint8)))
         made.slot_map = _frozen(torch.empty(number, 2, dtype=torch.int32))
         made.guard = _frozen(torch.empty(1, dtype=torch.uint8))
+        made.gate_layout = gate
+        if gate is not None and gate.kind == "mask_router":
+            size = gate.mask_bytes(made.layouts[0].matrix("gate_up").shape[1])
+            made.mask_router = _frozen(torch.empty(size, dtype=torch.uint8))
         return made
 
     def __len__(self) -> int:
         return int(self.slot_map.shape[0])
+
+    def absent(self) -> Sequence[int]:
+        empty = [k for k, layout in enumerate(self.layouts) if layout.matrix("down").scheme.bits == 0]
+        return [i for i, (k, _) in enumerate(self.slot_map.tolist()) if k in empty] if empty else ()
 
     def expert(self, index: int) -> ExpertWeights:
         weights = decode(self.layouts[int(self.slot_map[index, 0])], self.record(index))
@@ -213,6 +200,8 @@ class PackedExperts(Packed, Experts):
         activation = recognise(self)
         if activation is None:
             return f"the activation of {type(self).__name__} is none that kernels know"
+        if self.absent():
+            return "experts of 0 bits have no record"
         return ops.describe_layer(self.layouts, len(self), activation, self.has_bias)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -220,7 +209,7 @@ class PackedExperts(Packed, Experts):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         assert self.choice is not None
         ids = top_k_index.reshape(-1, top_k_index.shape[-1])
-        weights = top_k_weights.reshape(ids.shape)
+        ids, weights = self.dispatch(hidden_states, ids, top_k_weights.reshape(ids.shape))
         return ops.moe_mlp(hidden_states, ids, weights, self.handle, self.choice.backend, self.text)
 
     @torch.no_grad()

@@ -79,7 +79,8 @@ def _native(parts: list[dict[str, Any]]) -> NativeConfig:
     found = [NativeConfig.from_json(part["native"]) for part in parts]
     experts = {name: layout for part in found for name, layout in part.experts.items()}
     linears = {name: layout for part in found for name, layout in part.linears.items()}
-    return NativeConfig(experts, linears)
+    gates = {name: gate for part in found for name, gate in part.gates.items()}
+    return NativeConfig(experts, linears, gates)
 
 
 def _quantization_block(job: Job, parts: list[dict[str, Any]]) -> dict[str, Any] | None:

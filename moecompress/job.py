@@ -118,9 +118,9 @@ def each_once(wanted: Iterable[Statistic]) -> list[Statistic]:
 
 
 def seeded(seed: int, name: str, layer: int) -> Callable[..., torch.Generator]:
-    """Generators that depend on (seed, pass, layer[, expert]) and on nothing else."""
+    """Generators that depend on (seed, pass, layer[, expert or another part]) and on nothing else."""
 
-    def make(expert: int | None = None) -> torch.Generator:
+    def make(expert: int | str | None = None) -> torch.Generator:
         text = f"{seed}/{name}/{layer}/{expert}".encode()
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "little"))
 

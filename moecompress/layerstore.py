@@ -14,6 +14,7 @@ from moecompress.checkpoint.header import read_header
 from moecompress.checkpoint.index import CheckpointIndex
 from moecompress.checkpoint.reader import TensorReader
 from moecompress.checkpoint.writer import atomic_write, tensor_entry, write_shard
+from moecompress.gate import Gate
 from moecompress.passes.base import Decision
 from moecompress.types import ExpertWeights, LayerWeights, QuantizedTensor, Scheme, Weight
 
@@ -74,9 +75,13 @@ def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> Non
                 kept.append(name)
             else:
                 put(name, value)
+    gate = weights.gate
+    if gate is not None:
+        tensors |= {f"gate/{name}": value for name, value in gate.tensors.items()}
     save_tensors(path, tensors)
     data = {"schemes": schemes, "experts": len(weights.experts), "kept": kept, "sources": weights.sources}
     data["slots"] = weights.slots
+    data["gate"] = None if gate is None else [gate.kind, gate.renormalise, gate.count, gate.protect]
     atomic_write(path.with_suffix(".json"), json.dumps(data, sort_keys=True) + "\n")
 
 
@@ -107,4 +112,14 @@ def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
         for index in range(data["experts"])
     )
     slots = None if data["slots"] is None else tuple(data["slots"])
-    return replace(original.with_tensors(changed), experts=experts, sources=sources, slots=slots)
+    changed_layer = original.with_tensors(changed)
+    gate = _gate(data["gate"], tensors)
+    return replace(changed_layer, experts=experts, sources=sources, slots=slots, gate=gate)
+
+
+def _gate(values: Any, tensors: Mapping[str, Tensor]) -> Gate | None:
+    if values is None:
+        return None
+    kind, renormalise, count, protect = values
+    own = {name.removeprefix("gate/"): value for name, value in tensors.items() if name.startswith("gate/")}
+    return Gate(kind, renormalise, own, count, protect)

@@ -24,13 +24,16 @@ from moecompress.arch.surgery import resize_experts
 from moecompress.checkpoint.index import CheckpointIndex, open_index
 from moecompress.checkpoint.native_check import GUARDS, check_records, comes_from_native, is_native_tensor
 from moecompress.checkpoint.native_config import QUANT_METHOD, NativeConfig
+from moecompress.checkpoint.native_gate import LEAF
 from moecompress.checkpoint.reader import TensorReader
 from moecompress.errors import CheckpointError, UnsupportedModel, message
 from moecompress.experts import PackedExperts, PackedLinear
+from moecompress.stream.attention import watch_attention
 from moecompress.stream.mapping import build_key_map
 from moecompress.stream.skeleton import read_config_json
 
 _TOKEN = re.compile("\0\\d+\0")
+_LAYER = re.compile(r"(.*\.\d+)\.")  # the decoder layer that a module is in
 
 
 def load(directory: Path | str, *, dequantize: bool = False, **options: Any) -> Any:
@@ -120,8 +123,13 @@ class MoecompressQuantizer(HfQuantizer):
         if not is_experts(original):
             raise CheckpointError(message(f"{root}: {name}", type(original).__name__, "a module of routed experts"))
         before = original.down_proj.shape[0]
-        packed = PackedExperts.packing(original, layout.records, counts, f"{root}: {name}", layout.num_experts)
+        gate = self.native.gates.get(name)
+        packed = PackedExperts.packing(original, layout.records, counts, f"{root}: {name}", layout.num_experts, gate)
         model.set_submodule(module, packed)
+        if gate is not None and gate.protect:
+            model.set_attn_implementation("eager")  # other attention never has the probabilities that protect tokens
+            layer = _LAYER.match(module)
+            watch_attention(model if layer is None else model.get_submodule(layer[1]), packed)
         if layout.num_experts != before:
             block = model.get_submodule(module.rpartition(".")[0])
             kind = model.config.get_text_config().model_type
@@ -133,7 +141,7 @@ class MoecompressQuantizer(HfQuantizer):
         for name, module in self.names.items():
             guard = GUARDS["experts" if name in self.native.experts else "linears"]
             for leaf, _ in model.get_submodule(module).named_parameters(recurse=False):
-                if leaf == "guard" or leaf == "slot_map" or leaf.startswith("rec"):
+                if leaf in ("guard", "slot_map", LEAF) or leaf.startswith("rec"):
                     pairs[f"{name}.{guard if leaf == 'guard' else leaf}"] = f"{module}.{leaf}"
         tokens = {stored: f"\0{number}\0" for number, stored in enumerate(pairs)}
         outside, inside = _Names(tokens), _Names({tokens[stored]: held for stored, held in pairs.items()})
@@ -153,6 +161,9 @@ class MoecompressQuantizer(HfQuantizer):
             stock = type(model)._from_config(config, dtype=dtype)
         for name, module in self.names.items():
             packed, empty = model.get_submodule(module), stock.get_submodule(module)
+            if name in self.native.gates:
+                found = f"{name} leaves out some of a token's experts, which {type(empty).__name__} cannot"
+                raise UnsupportedModel(message("dequantize", found, "a model without prune.otp, .odp and .top_k"))
             if name in self.native.experts:
                 if len(packed) != empty.down_proj.shape[0]:
                     found = f"{len(packed)} experts in {name}, {empty.down_proj.shape[0]} in config.json"

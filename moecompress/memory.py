@@ -37,3 +37,13 @@ def resident_bytes() -> int:
 def peak_resident() -> int:
     """The largest resident memory of this process so far, bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def fits_in_memory(weights: int) -> bool:
+    """Whether a model of `weights` bytes can be loaded whole, converted to float32 where it is not packed."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return weights < 1 << 30
+    return 3 * weights < free

@@ -31,7 +31,7 @@ def write_part(job: Job, stem: str, written: Written) -> dict[str, Any]:
     return {
         "shards": shards,
         "manifest": written.manifest,
-        "native": NativeConfig(written.experts, written.linears).to_json(),
+        "native": NativeConfig(written.experts, written.linears, written.gates).to_json(),
         "portable": {name: [scheme.bits, scheme.group_size] for name, scheme in written.portable.items()},
     }
 

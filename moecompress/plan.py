@@ -15,6 +15,7 @@ from moecompress.calib.estimate import generation_problems
 from moecompress.calib.sources import required_files, resolve_text
 from moecompress.errors import MoecompressError, UnsupportedModel, message
 from moecompress.estimate import Estimate, estimate, remaining_shares
+from moecompress.gated import gate_problems, unheld_gate
 from moecompress.passes.base import Pass, Scope
 from moecompress.planned import Plan, Sweep
 from moecompress.portable import portable_problems
@@ -73,7 +74,8 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
         sound = [step for step, facts in zip(steps, stages, strict=False) if not step.check(facts)]
         held = {layer.index: max((s.statistics_bytes(layer) for s in sound), default=0) for layer in model.facts.layers}
         sweeps = len(cut_sweeps(steps))
-        sizes = (sweeps, BATCH_TOKENS, PROBE_TOKENS, stages[-1], reshaped.dropped)
+        added = sum(step.added_bytes(layer) for step in sound for layer in stages[-1].layers)
+        sizes = (sweeps, BATCH_TOKENS, PROBE_TOKENS, stages[-1], reshaped.dropped, added)
         return estimate(recipe, model, owned, schemes, output, held, *sizes)
 
     cost = cost_of(passes)
@@ -82,7 +84,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
         cost = cost_of(passes)
     actions = _actions(model, owned, schemes, output, remaining_shares(model, stages[-1]), reshaped.dropped)
     allocation = allocation_of(passes)
-    problems += allocation_problems(passes)
+    problems += allocation_problems(passes) + gate_problems(passes)
     if allocation is not None:
         cost, wrong = with_allocation(cost, allocation, model, stages[-1], schemes)
         actions = reworded(actions, owned)
@@ -150,6 +152,11 @@ def _format(
             problems.append(message(f"output.format {wanted}", native, "native", "use format: native"))
         return "native"
     quantized = any(schemes.values())
+    unheld = unheld_gate(passes_of(recipe))
+    if unheld is not None:
+        if wanted in ("dense", "portable"):
+            problems.append(message(f"output.format {wanted}", unheld))
+        return "native"
     if wanted in ("native", "portable") and not quantized and not problems:
         problems.append(message("output.format", f"{wanted}, but nothing is quantized", "dense", "use format: dense"))
     if wanted == "dense" and any(s.activation != "none" for chosen in schemes.values() for s in chosen.values()):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moecompress.checkpoint.portable import QUANT_METHOD
 from moecompress.errors import OutputError, message
 from moecompress.layerstore import load_tensors
+from moecompress.memory import fits_in_memory
 from moecompress.plan import BATCH_TOKENS
 from moecompress.stream.model import open_model
 from moecompress.stream.skeleton import read_config_json
@@ -42,16 +43,6 @@ def compare(wanted: Tensor, found: Tensor) -> float:
             )
         )
     return median
-
-
-def fits_in_memory(weights: int) -> bool:
-    """Whether a model of `weights` bytes can be loaded whole, converted to float32 where it is not packed."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        return weights < 1 << 30
-    return 3 * weights < free
 
 
 def whole_logits(root: Path, ids: Tensor, portable: bool = False) -> Tensor:

@@ -13,28 +13,24 @@ from typing import Any
 
 import torch
 
+from moecompress.barrier import decided
 from moecompress.calib.tokenizer import load_tokenizer
 from moecompress.calib.tokens import GENERATED, build_token_set, make_token_set
 from moecompress.calib.workshop import Workshop
 from moecompress.checkpoint.writer import atomic_write
-from moecompress.context import set_of
 from moecompress.errors import NotFinite, RecipeError, Stopped, UnsupportedModel, message
 from moecompress.fingerprint import fingerprint
 from moecompress.finish import finish
 from moecompress.job import PROBE, Job, LayerResult, seeded
-from moecompress.layerstore import load_decision, load_tensors, save_decision
 from moecompress.memory import peak_resident, return_freed_memory
 from moecompress.parts import layer_file, note_errors, write_part
-from moecompress.passes.base import Decision, ModelContext, Scope
 from moecompress.plan import BATCH_TOKENS, PROBE_TOKENS, make_plan
 from moecompress.planned import Sweep
 from moecompress.progress import NoProgress, Progress
 from moecompress.recipe import Recipe
 from moecompress.rundir import already_published, open_run
-from moecompress.stream.fisher import output_fisher
 from moecompress.stream.streams import start_run
-from moecompress.stream.train import TrainContext
-from moecompress.sweep import process_layer, weights_before
+from moecompress.sweep import process_layer
 from moecompress.types import TokenSet
 from moecompress.writing import layer_output
 
@@ -60,6 +56,8 @@ def run(
     plan = make_plan(recipe, memory)
     if plan.problems:
         raise RecipeError("\n".join(plan.problems))
+    if any(step.needs_attention for step in plan.passes):
+        plan.model.skeleton.set_attn_implementation("eager")
     for warning in plan.warnings:
         shown.note(warning)
     with (
@@ -119,7 +117,7 @@ def _work(job: Job, cursor: dict[str, Any], progress: Progress, stop: Callable[[
             if number >= cursor["sweep"]:
                 _run_sweep(job, number, sweep, cursor, progress, stop, began)
             elif sweep.barrier is not None:
-                job.decided[sweep.barrier] = _barrier(job, sweep.barrier, progress)
+                job.decided[sweep.barrier] = decided(job, sweep.barrier, progress)
     except (NotFinite, UnsupportedModel):
         job.run.discard()
         raise
@@ -213,7 +211,7 @@ def _run_sweep(
                 message(str(job.run.path), f"stopped after layer {index} of {title}", then="run again with --resume")
             )
     if sweep.barrier is not None:
-        job.decided[sweep.barrier] = _barrier(job, sweep.barrier, progress)
+        job.decided[sweep.barrier] = decided(job, sweep.barrier, progress)
         cursor.update(sweep=number + 1, layer=0)
         job.run.save_cursor(cursor)
 
@@ -224,47 +222,6 @@ def _line(index: int, result: LayerResult) -> str:
     if row is not None and row["output_error"] is not None:
         text += f" error {row['output_error']:.2e} router {row['router']['topk_agreement']:.3f}"
     return text
-
-
-def _barrier(job: Job, position: int, progress: Progress) -> Decision:
-    """The decision of a MODEL or TRAIN pass: loaded, or made now and kept."""
-    step = job.passes[position]
-    folder = job.run.decisions / job.folder(position)
-    decision = load_decision(folder, "model")
-    if decision is None:
-        progress.note(f"{step.name} decides over all layers")
-        if step.decides is Scope.TRAIN:
-            decision = step.decide(TrainContext(job.model, job.tokens, weights_before(job, position)))
-        else:
-            statistics = {
-                layer.index: _saved_statistics(job, position, layer.index) for layer in job.model.facts.moe_layers
-            }
-            decision = step.decide(_model_context(job, position, statistics))
-        save_decision(folder, "model", decision)
-    return decision
-
-
-def _model_context(job: Job, position: int, statistics: Mapping[int, Mapping[str, Any]]) -> ModelContext:
-    """What the MODEL pass at `position` decides on. statistics: what its `measure` kept, by layer."""
-    step = job.passes[position]
-    generator = seeded(getattr(step, "seed", 0), step.name, -1)
-
-    def fisher(sequences: int) -> Mapping[int, torch.Tensor]:
-        tokens = job.tokens[set_of(job, step)].tokens
-        rows = [row for row in range(len(tokens.ids)) if row not in tokens.heldout][:sequences]
-        return output_fisher(job.model, weights_before(job, position), tokens.ids[rows], generator())
-
-    fixed = job.plan.estimate.fixed_bytes
-    return ModelContext(job.facts_at(position), statistics, generator, fisher, job.quantizer_after(step), fixed)
-
-
-def _saved_statistics(job: Job, position: int, index: int) -> dict[str, dict[str, torch.Tensor]]:
-    path = job.run.stats / job.folder(position) / f"{index:05d}.safetensors"
-    nested: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in (load_tensors(path) if path.is_file() else {}).items():
-        statistic, _, key = name.partition("/")
-        nested.setdefault(statistic, {})[key] = value
-    return nested
 
 
 def _keep(job: Job, number: int, index: int, result: LayerResult, last: bool) -> None:

@@ -214,9 +214,9 @@ def _row(
 
 
 def _in_source_ids(collector: Collector, result: LayerResult) -> tuple[Tensor, Tensor]:
-    """The router log of the result with experts under their numbers in the source, skipped slots too."""
+    """The router log of the result with experts under their numbers in the source, -1 for skipped slots."""
     logits, ids = collector.log.joined()
-    return logits, torch.tensor([*result.weights.source_ids, len(result.original.experts)])[ids]
+    return logits, torch.tensor([*result.weights.source_ids, -1])[ids]
 
 
 def _decision(job: Job, position: int, index: int) -> Decision | None:

@@ -13,7 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-BITS = (1, 2, 3, 4, 8)  # code widths a weight can have; 16 = kept in the source dtype
+from moecompress.gate import Gate
+
+BITS = (1, 2, 3, 4, 8)  # code widths a weight can have; 16 = kept in the source dtype, 0 = no bytes, all zero
 Zero = Literal["none", "int", "float"]
 Activation = Literal["none", "int4", "int8"]
 Stream = Literal["original", "compressed"]
@@ -34,7 +36,7 @@ class ExpertId(NamedTuple):
 class Scheme:
     """How a matrix `[out, in]` is stored.
 
-    bits: 1, 2, 3, 4, 8 (codes) or 16 (no codes: the tensor in its own dtype).
+    bits: 1, 2, 3, 4, 8 (codes), 16 (no codes: the tensor in its own dtype) or 0 (nothing is stored: all zero).
     group_size: input columns that share one scale; -1 = the whole row.
     symmetric: no zero point; `zero` says what kind of zero point otherwise.
     binary: 1-bit codes mean -scale / +scale (and only then).
@@ -51,8 +53,8 @@ class Scheme:
     activation_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.bits not in (*BITS, 16):
-            raise ValueError(f"bits: {self.bits}; allowed: {BITS} or 16 (unquantized)")
+        if self.bits not in (0, *BITS, 16):
+            raise ValueError(f"bits: {self.bits}; allowed: {BITS}, 16 (unquantized) or 0 (pruned)")
         if self.group_size == 0 or self.group_size < -1:
             raise ValueError(f"group_size: {self.group_size}; allowed: -1 (per channel) or a positive number")
         if self.symmetric != (self.zero == "none"):
@@ -69,8 +71,8 @@ class Scheme:
 
     def groups(self, columns: int) -> int:
         """Groups per row of a matrix with `columns` inputs. Raises ValueError when the size does not divide."""
-        if self.bits == 16 or self.group_size == -1:
-            return 1
+        if self.bits in (0, 16) or self.group_size == -1:
+            return min(self.bits, 1)
         if columns % self.group_size:
             raise ValueError(f"group_size {self.group_size} does not divide {columns} input columns")
         return columns // self.group_size
@@ -83,7 +85,7 @@ class QuantizedTensor:
     codes: uint8 [out, in], unsigned u in [0, 2^b - 1].
     scales: [out, G] in the dtype they are stored in (bfloat16, float16 or float32).
     zeros: None, or [out, G]: uint8 for `zero: int`, the scales' dtype for `zero: float`.
-    Value: symmetric (u - 2^(b-1)) * s; binary (2u - 1) * s; with zero point (u - z) * s.
+    Value: symmetric (u - 2^(b-1)) * s; binary (2u - 1) * s; with zero point (u - z) * s; of 0 bits: 0.
     """
 
     codes: Tensor
@@ -146,7 +148,8 @@ class LayerWeights:
     tensors: e.g. `self_attn.q_proj.weight`, `mlp.gate.weight`, `input_layernorm.weight`; parameters and persistent
     buffers. experts: empty for a layer without routed experts. sources: for every expert its number in the checkpoint;
     None = all of them, in order. slots: where experts are shared, for every id that the router gives the place in
-    `experts` of the one that serves it; None = the ids are those places.
+    `experts` of the one that serves it; None = the ids are those places. gate: leaves out some of a token's experts;
+    None = never.
     """
 
     index: int
@@ -154,6 +157,7 @@ class LayerWeights:
     experts: Sequence[ExpertWeights] = ()
     sources: tuple[int, ...] | None = None
     slots: tuple[int, ...] | None = None
+    gate: Gate | None = None
 
     def with_tensors(self, changed: Mapping[str, Weight]) -> LayerWeights:
         unknown = sorted(set(changed) - set(self.tensors))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moecompress.checkpoint.native import RecordLayout, expert_entries, linear_entries
 from moecompress.checkpoint.native_config import ExpertsLayout
+from moecompress.checkpoint.native_gate import GateLayout, gate_entries, gate_layout
 from moecompress.checkpoint.portable import packed_entries
 from moecompress.checkpoint.writer import Buffer, Entry, copy_entry, tensor_entry
 from moecompress.errors import OutputError, message
@@ -29,7 +30,7 @@ Format = Literal["dense", "native", "portable"]
 class Written:
     """Parts of the output that one layer (or the rest of the model) makes.
 
-    manifest: source tensor -> {action, bits, group_size, outputs, error}. experts, linears: for the native
+    manifest: source tensor -> {action, bits, group_size, outputs, error}. experts, linears, gates: for the native
     config block.
     portable: experts prefix or checkpoint module -> scheme, for the portable one.
     """
@@ -38,6 +39,7 @@ class Written:
     manifest: dict[str, dict[str, Any]] = field(default_factory=dict)
     experts: dict[str, ExpertsLayout] = field(default_factory=dict)
     linears: dict[str, RecordLayout] = field(default_factory=dict)
+    gates: dict[str, GateLayout] = field(default_factory=dict)
     portable: dict[str, Scheme] = field(default_factory=dict)
 
     def note(self, keys: Iterable[str], action: str, outputs: Sequence[str], weight: Weight | None = None) -> None:
@@ -122,7 +124,7 @@ def layer_output(model: StreamModel, original: LayerWeights, weights: LayerWeigh
     written = Written()
     if facts.site is not None:
         prefix = f"{facts.name}.{facts.site.experts}"
-        if _same_experts(original, weights):
+        if _same_experts(original, weights) and weights.gate is None:
             _copy(model, model.expert_sources[facts.index].checkpoint_keys, written)
         elif output == "native":
             _records(model, prefix, weights, written)
@@ -169,6 +171,9 @@ def _records(model: StreamModel, prefix: str, weights: LayerWeights, written: Wr
     layouts, entries = expert_entries(prefix, weights.experts, weights.slots)
     written.entries += entries
     written.experts[prefix] = ExpertsLayout(weights.choices, layouts)
+    if weights.gate is not None:
+        written.entries += gate_entries(prefix, weights.gate)
+        written.gates[prefix] = gate_layout(weights.gate, site.top_k)
     outputs = [entry.name for entry in entries]
     for name, part in source.projections.items():
         action = "quantize" if isinstance(weights.experts[0].projection(name), QuantizedTensor) else "rewrite"

@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moecompress"
 LAYERS = (
-    ("errors", "memory", "progress", "sizes", "types"),
+    ("errors", "gate", "memory", "progress", "sizes", "types"),
     ("checkpoint", "numerics", "stats"),
     ("arch", "ops"),
-    ("packed", "experts", "stream", "calib", "load"),
+    ("packed", "dispatch", "experts", "stream", "calib", "load"),
     ("passes",),
     (
         "recipe",
@@ -31,13 +31,21 @@ LAYERS = (
         "tasknames",
         "writing",
     ),
-    ("estimate", "allocated", "planned", "plan", "job", "context", "sweep", "parts"),
+    ("estimate", "allocated", "gated", "planned", "plan", "job", "context", "sweep", "barrier", "parts"),
     ("evaluate", "evalstore", "tasks", "taskresults", "humaneval", "sandbox", "report"),
     # a run ends with a reload check, an evaluation and a report, so it stands above them
     ("reload", "results", "finish", "run", "export", "inspect", "doctor"),
     ("cli", "__main__"),
 )
-SHARED = ("base", "shrinking", "pruning", "merging", "quantizer", "allocator")  # modules of passes/ that are no passes
+SHARED = (  # modules of passes/ that are no passes
+    "base",
+    "shrinking",
+    "pruning",
+    "merging",
+    "quantizer",
+    "allocator",
+    "gating",
+)
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Outside library -> rooms that may import it, even inside a function.
 RESERVED = {

@@ -44,6 +44,11 @@ RECOMPUTED: Mapping[str, str] = {
 #: model types that cannot generate with `streamed`, with the reason
 UNPARKED: Mapping[str, str] = {"qwen4_exp_text": "its forward reads the positions in every layer's cache beforehand"}
 
+#: model types whose routing weights hold more than a common factor once they are normalised, with what that is
+RESCALED_GATES: Mapping[str, str] = {
+    "gemma4_text": "each is multiplied by a learned scale of its expert",
+}
+
 _SIGMOID = (
     "afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 dots3_note_text exaone_moe flint glm4_moe "
     "glm4_moe_lite glm4v_moe hy_v3 inkling_text kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash minimax_m2 "

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import torch
+
 from moecompress.checkpoint.header import MAX_HEADER, TensorInfo, read_header, short, strict_json
 from moecompress.errors import CheckpointError, message
 
@@ -119,3 +121,15 @@ def _agree(root: Path, weight_map: Mapping[str, str], tensors: Mapping[str, Tens
 def _some(names: list[str]) -> str:
     text = ", ".join(short(name) for name in names[:5])
     return f"{text}, ..." if len(names) > 5 else text
+
+
+def main_dtype(index: CheckpointIndex) -> torch.dtype:
+    """The float dtype that holds most bytes; FP8 reads as bfloat16, and packed bytes do not count."""
+    totals: dict[torch.dtype, int] = {}
+    for info in index.tensors.values():
+        dtype = torch.bfloat16 if info.dtype == torch.float8_e4m3fn else info.dtype
+        if dtype.is_floating_point:
+            totals[dtype] = totals.get(dtype, 0) + info.nbytes
+    if not totals:
+        raise CheckpointError(message(str(index.root), "no float tensor in the checkpoint"))
+    return max(totals, key=lambda dtype: totals[dtype])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moecompress.checkpoint.writer import Entry, tensor_entry
 from moecompress.errors import CheckpointError, message
+from moecompress.numerics.grids import no_bits
 from moecompress.numerics.packing import pack_codes, row_bytes, unpack_codes
 from moecompress.types import PROJECTIONS, ExpertWeights, QuantizedTensor, Scheme, Weight
 
@@ -213,8 +214,10 @@ def _encode(layout: RecordLayout, weights: Mapping[str, Weight]) -> Tensor:
         raise ValueError(f"record layout differs: {actual} instead of {layout}")
     row = torch.zeros(layout.row_bytes, dtype=torch.uint8)
     for name, matrix in layout.matrices:
-        codes, scales, zeros = matrix.views(row)
         weight = weights[name]
+        if matrix.scheme.bits == 0:
+            continue
+        codes, scales, zeros = matrix.views(row)
         if isinstance(weight, Tensor):
             codes.copy_(weight)
             continue
@@ -233,6 +236,9 @@ def _decode(layout: RecordLayout, row: Tensor) -> dict[str, Weight]:
         row = row.clone(memory_format=torch.contiguous_format)  # a wider dtype needs an aligned start
     weights: dict[str, Weight] = {}
     for name, matrix in layout.matrices:
+        if matrix.scheme.bits == 0:
+            weights[name] = no_bits(matrix.shape, matrix.dtype)
+            continue
         codes, scales, zeros = matrix.views(row)
         for tensor in (codes, scales, zeros):
             if tensor is not None and tensor.is_floating_point() and not all(map(torch.isfinite, tensor.aminmax())):

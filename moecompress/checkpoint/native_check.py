@@ -11,6 +11,7 @@ from torch import Tensor
 from moecompress.checkpoint.index import CheckpointIndex
 from moecompress.checkpoint.native import RecordLayout
 from moecompress.checkpoint.native_config import ExpertsLayout, NativeConfig
+from moecompress.checkpoint.native_gate import LEAF
 from moecompress.errors import CheckpointError, message
 
 GUARDS = {"experts": "down_proj", "linears": "weight"}
@@ -19,11 +20,11 @@ _AGAIN = "download the checkpoint again"
 
 
 def is_native_tensor(native: NativeConfig, name: str) -> bool:
-    """Whether a checkpoint tensor belongs to the native format: records, slot maps and guards."""
+    """Whether a checkpoint tensor belongs to the native format: records, slot maps, mask routers and guards."""
     module, _, leaf = name.rpartition(".")
     if module in native.linears:
         return leaf in ("rec0", "weight")
-    return module in native.experts and (leaf.startswith("rec") or leaf in ("slot_map", "down_proj"))
+    return module in native.experts and (leaf.startswith("rec") or leaf in ("slot_map", "down_proj", LEAF))
 
 
 def comes_from_native(native: NativeConfig, name: str) -> bool:
@@ -52,6 +53,10 @@ def check_records(
     for module, layout in native.linears.items():
         _check_module(index, module, (layout,), found, GUARDS["linears"])
         _expect(index, f"{module}.rec0", torch.uint8, (1, layout.row_bytes))
+    for module, gate in native.gates.items():
+        if gate.kind == "mask_router":
+            matrix = native.experts[module].records[0].matrix("gate_up")
+            _expect(index, f"{module}.{LEAF}", torch.uint8, (gate.mask_bytes(matrix.shape[1]),))
     return {module: _check_experts(index, module, layout, found, read) for module, layout in native.experts.items()}
 
 

@@ -14,11 +14,12 @@ import torch
 
 from moecompress.checkpoint.header import is_count, short
 from moecompress.checkpoint.native import FLOATS, LINEAR, MatrixLayout, RecordLayout, plan_record
+from moecompress.checkpoint.native_gate import GateLayout, gate_from_json, gate_to_json
 from moecompress.errors import CheckpointError, message, suggest
 from moecompress.types import PROJECTIONS, Scheme
 
 QUANT_METHOD = "moecompress"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: gates, and matrices of 0 bits; whatever needs neither is written as 1
 _NAMES = (tuple(PROJECTIONS), (LINEAR,))
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _MATRIX_KEYS = (
@@ -49,11 +50,18 @@ class ExpertsLayout:
 
 @dataclass(frozen=True)
 class NativeConfig:
-    """What the loader must know before it reads tensors; keys are full module names."""
+    """What the loader must know before it reads tensors; keys are full module names. gates: of modules in experts."""
 
     experts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
     linears: Mapping[str, RecordLayout] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    gates: Mapping[str, GateLayout] = field(default_factory=dict)
+
+    @property
+    def format_version(self) -> int:
+        """The first version of the format that can say this."""
+        layouts = [layout for module in self.experts.values() for layout in module.records]
+        empty = any(matrix.scheme.bits == 0 for layout in layouts for _, matrix in layout.matrices)
+        return 2 if self.gates or empty else 1
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` dict. Layouts are listed once and referred to by number."""
@@ -71,6 +79,7 @@ class NativeConfig:
                 for name, module in self.experts.items()
             },
             "linears": {name: numbers[layout] for name, layout in self.linears.items()},
+            **({"gates": {name: gate_to_json(gate) for name, gate in self.gates.items()}} if self.gates else {}),
         }
 
     @staticmethod
@@ -80,11 +89,12 @@ class NativeConfig:
         if not isinstance(block, Mapping) or block.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(message(where, "not a moecompress checkpoint", f"quant_method {QUANT_METHOD}"))
         version = block.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             found = f"format_version {short(repr(version))}"
             then = "upgrade moecompress" if type(version) is int and version > FORMAT_VERSION else ""
-            raise CheckpointError(message(where, found, str(FORMAT_VERSION), then))
-        _exact(block, ("quant_method", "format_version", "layouts", "experts", "linears"), where)
+            raise CheckpointError(message(where, found, f"1 to {FORMAT_VERSION}", then))
+        optional = ("gates",) if "gates" in block and version > 1 else ()
+        _exact(block, ("quant_method", "format_version", "layouts", "experts", "linears", *optional), where)
         listed = _typed(block["layouts"], list, f"{where}.layouts")
         layouts = [layout_from_json(item, f"{where}.layouts[{n}]") for n, item in enumerate(listed)]
         experts = {
@@ -95,7 +105,13 @@ class NativeConfig:
             name: _pick(number, layouts, (LINEAR,), f"{where}.linears.{short(name)}")
             for name, number in _typed(block["linears"], dict, f"{where}.linears").items()
         }
-        return NativeConfig(experts, linears)
+        gates = {
+            name: gate_from_json(gate, f"{where}.gates.{short(name)}")
+            for name, gate in _typed(block.get("gates", {}), dict, f"{where}.gates").items()
+        }
+        if strange := sorted(gates.keys() - experts.keys()):
+            raise CheckpointError(message(f"{where}.gates", f"'{short(strange[0])}' has no experts", "one of experts"))
+        return NativeConfig(experts, linears, gates)
 
 
 def layout_to_json(layout: RecordLayout) -> dict[str, Any]:
@@ -162,8 +178,8 @@ def _described(block: dict[str, Any], where: str) -> tuple[tuple[int, int], Sche
         scheme = Scheme(bits, group_size, zero == "none", cast(Any, zero), binary, cast(Any, activation), clip)
     except ValueError as error:
         raise CheckpointError(message(where, short(str(error)))) from None
-    if bits == 16 and scheme != Scheme(16):
-        raise CheckpointError(message(where, f"{scheme}", f"{Scheme(16)}"))
+    if bits in (0, 16) and scheme != Scheme(bits):
+        raise CheckpointError(message(where, f"{scheme}", f"{Scheme(bits)}"))
     return (shape[0], shape[1]), scheme, dtype
 
 

@@ -32,7 +32,7 @@ def common_fit(schemes: Collection[Scheme], bits: int | None = None) -> Fit:
     Exact when every value is an integer code of that width times a scale of the same groups.
     """
     losses = _unplain(schemes)
-    coded = [scheme for scheme in schemes if scheme.bits != 16]
+    coded = [scheme for scheme in schemes if scheme.bits not in (0, 16)]  # zeros fit everywhere
     widths, groups = sorted({s.bits for s in coded}), Counter(s.group_size for s in coded)
     if not coded:
         return Fit(None, (*losses, "nothing to take a scheme from"))
@@ -83,7 +83,7 @@ def fitted(weight: Weight, scheme: Scheme | None, dtype: torch.dtype) -> Quantiz
     if isinstance(weight, QuantizedTensor):
         own = weight.scheme
         wanted = scheme or Scheme(max(2, own.bits), own.group_size)
-        if own.group_size == wanted.group_size and fits_codes(weight, wanted.bits):
+        if own.bits and own.group_size == wanted.group_size and fits_codes(weight, wanted.bits):
             wide = widen_codes(weight, wanted.bits)
             return replace(wide, scheme=wanted)
         values: Tensor = dequantize(weight)

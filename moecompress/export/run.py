@@ -66,6 +66,8 @@ def choose(output: Output, form: ExportFormat, allow_lossy: bool) -> tuple[Targe
         width = CONTAINER_BITS if form == "container" else None
         fits = [common_fit(experts, width), linear_fit(linears, form == "container")]
     never = [] if form == "dense" else layout_problems(output.layout)
+    if output.model.native is not None and output.model.native.gates:
+        never.append("tokens leave out some of their experts per token, which only native outputs can say")
     if form == "gptq":
         never += _ragged(output)
     losses = tuple(dict.fromkeys(loss for fit in fits for loss in fit.losses))

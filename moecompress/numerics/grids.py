@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moecompress.numerics.packing import row_bytes
-from moecompress.types import QuantizedTensor, Scheme
+from moecompress.types import ExpertWeights, QuantizedTensor, Scheme
 
 GridRule = Literal["minmax", "mse"]
 
@@ -99,6 +99,8 @@ def quantize(weight: Tensor, grid: Grid, scheme: Scheme) -> QuantizedTensor:
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values [out, in] that the codes stand for, computed in float32 and rounded once to `dtype`."""
     rows, columns = q.codes.shape
+    if q.scheme.bits == 0:
+        return torch.zeros(rows, columns, dtype=dtype, device=q.codes.device)
     u = q.codes.float().reshape(rows, q.scales.shape[1], -1)
     scales = q.scales.float().unsqueeze(-1)
     if q.scheme.binary:
@@ -106,6 +108,18 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
     else:
         values = u.sub_(zero_points(Grid(q.scales, q.zeros), q.scheme).unsqueeze(-1)).mul_(scales)
     return values.view(rows, columns).to(dtype)
+
+
+def no_bits(shape: tuple[int, int] | torch.Size, scale_dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
+    """A matrix [out, in] of which nothing is stored: every value is 0."""
+    rows, columns = shape
+    codes = torch.zeros(1, 1, dtype=torch.uint8).expand(rows, columns)
+    return QuantizedTensor(codes, torch.empty(rows, 0, dtype=scale_dtype), None, Scheme(0))
+
+
+def is_absent(expert: ExpertWeights) -> bool:
+    """Whether an expert's output is always zero because nothing of it is stored: no token need be sent to it."""
+    return isinstance(expert.down, QuantizedTensor) and expert.down.scheme.bits == 0
 
 
 def round_to_nearest(
@@ -146,8 +160,8 @@ def nearest_codes(x: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> T
 
 
 def _require_codes(scheme: Scheme) -> None:
-    if scheme.bits == 16:
-        raise ValueError("16 bits means unquantized: there are no codes")
+    if scheme.bits in (0, 16):
+        raise ValueError(f"{scheme.bits} bits: there are no codes")
 
 
 def _row_chunks(rows: int, columns: int) -> list[slice]:

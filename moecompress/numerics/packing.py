@@ -15,8 +15,8 @@ _CHUNK = 1 << 20  # codes handled at a time, so that temporaries stay small besi
 
 
 def row_bytes(columns: int, bits: int) -> int:
-    """Bytes of one packed row of `columns` codes: a multiple of 4. Raises ValueError for a width not in BITS."""
-    if bits not in BITS:
+    """Bytes of one packed row of `columns` codes: a multiple of 4. Raises ValueError for a width not in BITS or 0."""
+    if bits not in (0, *BITS):
         raise ValueError(f"bits: {bits}; allowed: {BITS}")
     if columns < 1:
         raise ValueError(f"columns: {columns}; allowed: at least 1")

@@ -34,9 +34,10 @@ def routing_divergence(original: Tensor, compressed: Tensor, scoring: Scoring) -
 
 
 def set_agreement(first: Tensor, second: Tensor) -> float:
-    """Mean Jaccard index of the expert sets in two id tables [n, K] and [n, K']."""
-    common = (first[:, :, None] == second[:, None, :]).any(-1).sum(-1).double()
-    union = first.shape[1] + second.shape[1] - common
+    """Mean Jaccard index of the expert sets in two id tables [n, K] and [n, K']; negative ids are skipped slots."""
+    known = first >= 0
+    common = ((first[:, :, None] == second[:, None, :]).any(-1) & known).sum(-1).double()
+    union = known.sum(-1) + (second >= 0).sum(-1) - common
     return float((common / union).mean())
 
 

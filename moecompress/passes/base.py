@@ -130,12 +130,15 @@ class ModelContext:
     matrices. Both only for allocate.* passes.
     fisher: mean squared gradient of the model's loss with respect to every element of a MoE layer's output, by layer,
     float32 [H], over this many calibration sequences; the layers are as the passes before left them.
+    divergence: over so many sequences, KL in nats per token between that model and the same with one MoE layer replaced
+    by what a function makes of it, by layer.
     """
 
     facts: ModelFacts
     statistics: Mapping[int, Mapping[str, Mapping[str, Tensor]]]
     generator: Callable[..., torch.Generator]
     fisher: Callable[[int], Mapping[int, Tensor]]
+    divergence: Callable[[int, Callable[[LayerWeights], LayerWeights]], Mapping[int, float]]
     quantizer: Pass | None = None
     fixed_bytes: int = 0
 
@@ -154,6 +157,7 @@ class Pass(BaseModel):
     transforms_experts: ClassVar[bool] = False  # moves scales or rotations in and out of experts; has `restored`
     removes_experts: ClassVar[bool] = False  # `kept` in a layer's decision: numbers of the experts that stay
     needs_block_error: ClassVar[bool] = False  # LAYER passes that learn from the layer's output error
+    gates_experts: ClassVar[bool] = False  # gives layers a gate, which only the native format can hold
 
     @property
     def decides(self) -> Scope:
@@ -170,6 +174,11 @@ class Pass(BaseModel):
         return bool(self.needs())
 
     @property
+    def needs_attention(self) -> bool:
+        """Whether the pass, or what it makes of the model, needs attention probabilities: eager attention."""
+        return False
+
+    @property
     def pairs_streams(self) -> bool:
         """Whether the pass reads the original stream's expert inputs beside the compressed stream's."""
         return False
@@ -184,6 +193,10 @@ class Pass(BaseModel):
         """Bytes of the statistics this pass holds at once for one layer."""
         site = layer.site
         return 0 if site is None else sum(item.state_bytes(site) for item in self.needs())
+
+    def added_bytes(self, layer: LayerFacts) -> int:
+        """Bytes of tensors that the output has because of this pass beside the source's, for one layer."""
+        return 0
 
     def lighter(self, facts: ModelFacts, excess: int) -> Self:
         """The same pass with the same result, holding `excess` bytes less at once if it can; by default itself."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moecompress.dispatch import ExpertObserver
 from moecompress.errors import UnsupportedModel, message
-from moecompress.experts import ExpertObserver, Experts, materialise
+from moecompress.experts import Experts, materialise
+from moecompress.gate import Gate
 from moecompress.numerics.activation import rounded_as
+from moecompress.stream.attention import watched_attention
 from moecompress.stream.model import StreamModel
 from moecompress.stream.prelude import LayerCall
 from moecompress.types import ExpertWeights, LayerWeights, MoESite, QuantizedTensor, Scheme
@@ -29,9 +32,8 @@ def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Modul
     facts = model.facts.layers[weights.index]
     layer = model.module_of(weights)
     empty: dict[str, Tensor] = {}
-    before: Sequence[ExpertWeights] = ()
-    hooks = []
-    sharing: Tensor | None = None
+    before: tuple[Sequence[ExpertWeights], Tensor | None, Gate | None] = ((), None, None)
+    stack, hooks = ExitStack(), []
     try:
         for name, value in weights.tensors.items():
             if isinstance(value, QuantizedTensor) and value.scheme.activation != "none":
@@ -41,9 +43,11 @@ def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Modul
             empty[name] = _swap(layer, name, dense.float() if dense.is_floating_point() else dense)
         if facts.site is not None:
             experts = experts_of(layer, facts.site.experts)
-            before, experts.weights = experts.weights, weights.experts
-            sharing, experts.sharing = experts.sharing, _sharing(weights)
-        yield layer
+            before = experts.weights, experts.sharing, experts.gate
+            experts.weights, experts.sharing, experts.gate = weights.experts, _sharing(weights), weights.gate
+            stack.enter_context(watched_attention(layer, experts))
+        with stack:
+            yield layer
     finally:
         for hook in hooks:
             hook.remove()
@@ -51,7 +55,8 @@ def filled_layer(model: StreamModel, weights: LayerWeights) -> Iterator[nn.Modul
             _swap(layer, name, value)
         if facts.site is not None:
             experts = experts_of(layer, facts.site.experts)
-            experts.weights, experts.sharing = before, sharing
+            experts.weights, experts.sharing, experts.gate = before
+            experts.kept = None
 
 
 def _sharing(weights: LayerWeights) -> Tensor | None:

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from moecompress.arch.quirks import routing_groups, scoring, top_k
 from moecompress.arch.sites import expert_dims, find_layers, find_site, quantizable_linears, role_of
 from moecompress.arch.surgery import resize_experts, resized_facts, resized_layer
-from moecompress.checkpoint.index import CheckpointIndex, open_index
+from moecompress.checkpoint.index import CheckpointIndex, main_dtype, open_index
 from moecompress.checkpoint.native import decode, decode_linear
 from moecompress.checkpoint.native_check import check_records, comes_from_native, is_native_tensor
 from moecompress.checkpoint.native_config import NativeConfig
+from moecompress.checkpoint.native_gate import LEAF
 from moecompress.checkpoint.portable import QUANT_METHOD as COMPRESSED_TENSORS
 from moecompress.checkpoint.portable import PortableConfig
 from moecompress.checkpoint.portable_reader import PortableReader
 from moecompress.checkpoint.reader import TensorReader
 from moecompress.errors import CheckpointError, NotFinite, UnsupportedModel, message
+from moecompress.gate import Gate
 from moecompress.stream.agreement import check_agreement
 from moecompress.stream.expert_source import ExpertReader, ExpertSource, expert_source
 from moecompress.stream.mapping import KeyMap, assemble, build_key_map
@@ -107,7 +109,15 @@ class StreamModel:
         check: raise CheckpointError, naming the tensor, when a float tensor holds NaN or Inf.
         """
         facts = self.facts.layers[index]
-        return LayerWeights(index, self.read_tensors(index, check=check), self._read_experts(facts, check))
+        tensors, experts = self.read_tensors(index, check=check), self._read_experts(facts, check)
+        return LayerWeights(index, tensors, experts, gate=self._read_gate(facts))
+
+    def _read_gate(self, facts: LayerFacts) -> Gate | None:
+        prefix = "" if facts.site is None else f"{facts.name}.{facts.site.experts}"
+        layout = None if self.native is None else self.native.gates.get(prefix)
+        if layout is None or facts.site is None:
+            return None
+        return layout.gate(facts.site.hidden, lambda: self.reader.read(f"{prefix}.{LEAF}"))
 
     def read_tensors(self, index: int, *, check: bool = True) -> dict[str, Weight]:
         """The weights of layer `index` that are no routed experts, by their names inside the layer."""
@@ -233,6 +243,8 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
     for layer in facts.moe_layers:
         if layer.site is not None:
             replace_experts(layers[layer.index], layer.site.experts)
+    if native is not None and any(gate.protect for gate in native.gates.values()):
+        skeleton.set_attn_implementation("eager")  # other attention never has the probabilities that protect tokens
     return StreamModel(root, config, raw, facts, skeleton, layers_name, index, reader, key_map, sources, native, tied)
 
 
@@ -314,21 +326,9 @@ def _facts(
         architecture=type(skeleton).__name__,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        dtype=_main_dtype(index),
+        dtype=main_dtype(index),
         layers=tuple(made),
         source_bytes=index.total_bytes,
         config=raw,
         scoring=scoring(text),
     )
-
-
-def _main_dtype(index: CheckpointIndex) -> torch.dtype:
-    """The dtype that holds most bytes; FP8 reads as bfloat16, and packed bytes do not count."""
-    totals: dict[torch.dtype, int] = {}
-    for info in index.tensors.values():
-        dtype = torch.bfloat16 if info.dtype == torch.float8_e4m3fn else info.dtype
-        if dtype.is_floating_point:
-            totals[dtype] = totals.get(dtype, 0) + info.nbytes
-    if not totals:
-        raise CheckpointError(message(str(index.root), "no float tensor in the checkpoint"))
-    return max(totals, key=lambda dtype: totals[dtype])

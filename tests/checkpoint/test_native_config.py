@@ -83,7 +83,7 @@ E = ("experts", "model.layers.0.mlp.experts")
 DELETE = object()
 WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
     (("quant_method",), "gptq", "not a moecompress checkpoint"),
-    (("format_version",), 2, "upgrade moecompress"),
+    (("format_version",), 3, "upgrade moecompress"),
     (("format_version",), 0, "format_version 0"),
     (("format_version",), True, "format_version True"),
     (("format_version",), DELETE, "format_version None"),
