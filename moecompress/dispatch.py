@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -54,22 +55,24 @@ class Dispatch(nn.Module):
         self.attention: Tensor | None = None  # [B, T], received by the tokens of this call; for gates that protect
         self.kept: Tensor | None = None  # [T, K] of the last call with a gate: 1 where a slot stayed
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """How many experts there are; the id that skips."""
 
+    @abstractmethod
     def absent(self) -> Sequence[int]:
         """Experts of which nothing is stored: no token is sent to them."""
-        raise NotImplementedError
 
     def dispatch(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, weights) [T, K] of the pairs that are computed: the others have the id E."""
-        if self.sharing is not None:
-            ids, weights = share_slots(self.sharing[ids], weights, len(self))
         if self.gate is None and self.gate_layout is not None:
             self.gate = self.gate_layout.gate(hidden.shape[-1], lambda: self.mask_router)
         if self.gate is not None:
             protected = self._protected(hidden) if self.gate.protect else None
-            ids, weights, self.kept = gated(hidden, ids, weights, self.gate, len(self), protected)
+            skip = len(self) if self.sharing is None else len(self.sharing) - 1
+            ids, weights, self.kept = gated(hidden, ids, weights, self.gate, skip, protected)
+        if self.sharing is not None:
+            ids, weights = share_slots(self.sharing[ids], weights, len(self))
         for expert in self.absent():
             ids = ids.masked_fill(ids == expert, len(self))
         return ids, weights
