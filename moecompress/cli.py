@@ -80,7 +80,9 @@ def evaluate(
         list[str] | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, a,b, or a task's YAML file.")
     ] = None,
     humaneval: Annotated[Path | None, typer.Option(metavar="FILE", help="Problems in HumanEval's format.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="The source model: KL, agreement, paired differences.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The source model, a directory or hub id: KL, agreement, paired differences.")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="At most this many pieces of every text.")] = 40,
     length: Annotated[int, typer.Option(min=2, help="Tokens in one piece.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of every task, problems of HumanEval.")] = None,
@@ -96,27 +98,29 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: perplexity on texts, distance from a reference, tasks of lm-eval, written code."""
     from moecompress.progress import open_progress
+    from moecompress.stream.locate import locate_model
     from moecompress.tasknames import split_names
 
     texts, names = tuple(perplexity or ()), split_names(tasks or ())
+    source = None if reference is None else locate_model(reference)
     shared: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "device": device}
     result: dict[str, Any] = {}
     with open_progress(sys.stderr) as progress:
         if texts or not (names or humaneval):
             from moecompress.evaluate import evaluate_dir
 
-            result = evaluate_dir(directory, texts, reference, windows=windows, length=length, progress=progress)
+            result = evaluate_dir(directory, texts, source, windows=windows, length=length, progress=progress)
         if names:
             from moecompress.tasks import evaluate_tasks
 
-            found = evaluate_tasks(directory, names, reference, num_fewshot=num_fewshot, progress=progress, **shared)
+            found = evaluate_tasks(directory, names, source, num_fewshot=num_fewshot, progress=progress, **shared)
             result = _merged(result, found)
         if humaneval:
             from moecompress.humaneval import evaluate_humaneval
 
             shared |= {"allow_code_execution": allow_code_execution, "samples_per_task": samples_per_task}
             shared |= {"temperature": temperature, "progress": progress}
-            result = _merged(result, evaluate_humaneval(directory, humaneval, reference, **shared))
+            result = _merged(result, evaluate_humaneval(directory, humaneval, source, **shared))
     typer.echo(_json(result) if as_json else _evaluation(result))
 
 

@@ -32,7 +32,7 @@ from moecompress.rundir import already_published, open_run
 from moecompress.stream.streams import start_run
 from moecompress.sweep import process_layer
 from moecompress.types import TokenSet
-from moecompress.writing import layer_output
+from moecompress.writing import check_copied, layer_output
 
 
 def run(
@@ -108,6 +108,9 @@ def full_disk_stops() -> Iterator[None]:
 def _work(job: Job, cursor: dict[str, Any], progress: Progress, stop: Callable[[], bool], began: float) -> None:
     """Token sets and all sweeps. An input that has to change leaves no state: it could not be resumed."""
     try:
+        if (cursor["sweep"], cursor["layer"]) == (0, 0):
+            owned = job.plan.owners
+            check_copied(job.model, lambda key: owned[key].layer is not None, job.plan.dropped)
         try:
             _start_tokens(job, cursor, _Stoppable("calibration", progress, stop))
         except Stopped:

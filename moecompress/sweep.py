@@ -119,7 +119,8 @@ def _step(
     step, index = job.passes[position], weights.index
     folder, name = job.run.decisions / job.folder(position), f"{index:05d}"
     decision = job.decided.get(position) or load_decision(folder, name)
-    finished = _collected(job, step, weights, statistics)
+    # `apply` alone reads no statistics (see `weights_before`): they are collected for deciding
+    finished = {} if decision is not None else _collected(job, step, weights, statistics)
     with filled_layer(job.model, weights) as layer:
         context = layer_context(job, step, layer, weights, finished)
         if decision is None:

@@ -296,5 +296,15 @@ def outer_output(model: StreamModel, inside: Callable[[str], bool], dropped: Col
     """
     written = Written()
     written.note(dropped, "drop", [])
-    _copy(model, [key for key in model.reader.names() if not inside(key) and key not in dropped], written)
+    _copy(model, _outer_keys(model, inside, dropped), written)
     return written
+
+
+def check_copied(model: StreamModel, inside: Callable[[str], bool], dropped: Collection[str] = ()) -> None:
+    """Raises NotFinite for NaN or Inf in what `outer_output` copies, one tensor in memory at a time."""
+    for key in _outer_keys(model, inside, dropped):
+        model.check_finite(key, model.reader.read(key))
+
+
+def _outer_keys(model: StreamModel, inside: Callable[[str], bool], dropped: Collection[str]) -> list[str]:
+    return [key for key in model.reader.names() if not inside(key) and key not in dropped]

@@ -4,7 +4,8 @@
 
 Every row is one `moecompress run` in a process of its own, then `moecompress eval` against the model. Finished rows are
 kept in OUT/rows.json, so an interrupted table goes on where it stopped; OUT/table.md is written again after each row.
-Rows: `rtn-4-32` is a method, its bits and its group size (see METHODS).
+Rows: `rtn-4-32` is a method, its bits and its group size (see METHODS); `learned:start=mse,repair=false-2-32` gives its
+last pass other parameters.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ DATA_FREE = ("rtn", "rtnmse", "hqq")
 
 
 def recipe(row: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """The recipe of one row, `method-bits-group`."""
-    method, bits, group = row.split("-")
+    """The recipe of one row, `method[:key=value,...]-bits-group`."""
+    method, options, bits, group = parts_of(row)
     passes = json.loads(json.dumps(METHODS[method]))
+    next(iter(passes[-1].values())).update(options)
     for step in passes:
         for name, parameters in step.items():
             if name.startswith("quantize."):
@@ -50,6 +52,16 @@ def recipe(row: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]
         source = {"source": "tokens", "files": [str(arguments.tokens)]}
         data["calibration"] = source | {"samples": arguments.samples, "length": arguments.length, "heldout": 0}
     return data
+
+
+def parts_of(row: str) -> tuple[str, dict[str, Any], str, str]:
+    """Method, its other parameters, bits and group size. Raises ValueError for what is no row."""
+    named, bits, group = row.rsplit("-", 2)
+    method, _, options = named.partition(":")
+    if method not in METHODS or not bits.isdigit():
+        raise ValueError(row)
+    pairs = (text.split("=") for text in options.split(",") if text)
+    return method, {key: yaml.safe_load(value) for key, value in pairs}, bits, group
 
 
 def measure(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -66,6 +78,7 @@ def measure(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if status:
         raise SystemExit(f"{row}: moecompress run failed")
     command = [*program, "eval", str(out), "--reference", str(arguments.model), "--json"]
+    command += ["--windows", str(arguments.windows)]
     for text in arguments.text:
         command += ["--perplexity", str(text)]
     result = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
@@ -108,11 +121,14 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=40, help="of every text")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_intermixed_args()
-    unknown = [row for row in arguments.rows if row.split("-")[0] not in METHODS or row.count("-") != 2]
-    if unknown:
-        parser.error(f"rows {unknown}; allowed: METHOD-BITS-GROUP with METHOD in {', '.join(METHODS)}")
+    for row in arguments.rows:
+        try:
+            parts_of(row)
+        except ValueError:
+            parser.error(f"row {row}; allowed: METHOD[:KEY=VALUE,...]-BITS-GROUP with METHOD in {', '.join(METHODS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     kept = arguments.out / "rows.json"
     rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}

@@ -156,16 +156,18 @@ def test_a_plan_with_problems_prints_all_of_them_and_gives_2(
 
 
 def test_eval_passes_everything_on(call: Callable[..., Outcome], fake: Fake) -> None:
+    located = fake("moecompress.stream.locate", "locate_model", Path("cache/ref"))
     result = {"perplexity": {"a": {"value": 7.25, "stderr": 0.5}}, "kl": {"a": 0.125}, "top1_agreement": {"a": 0.9}}
     seen = fake("moecompress.evaluate", "evaluate_dir", result)
     texts = ("--perplexity", "a.txt", "--perplexity", "python-stdlib:heldout")
-    outcome = call("eval", "out", *texts, "--reference", "ref", "--windows", "3", "--length", "64")
+    outcome = call("eval", "out", *texts, "--reference", "org/ref", "--windows", "3", "--length", "64")
     lines = outcome.out.splitlines()
     assert (outcome.code, outcome.err, len(lines)) == (0, "", 3)
     assert lines[0].startswith("perplexity  a: 7.25") and " ± 0.5" in lines[0]
     assert lines[1].startswith("kl          a: 0.125") and lines[1].endswith(" nats per token")
     assert lines[2] == "agreement   a: 90.0 % of the most likely tokens"
-    assert seen["positional"] == (Path("out"), ("a.txt", "python-stdlib:heldout"), Path("ref"))
+    assert seen["positional"] == (Path("out"), ("a.txt", "python-stdlib:heldout"), Path("cache/ref"))
+    assert located["positional"] == ("org/ref",)
     assert (seen["windows"], seen["length"]) == (3, 64) and hasattr(seen["progress"], "step")
     assert json.loads(call("eval", "out", "--json").out) == result
 
@@ -191,7 +193,7 @@ def test_recipes_lists_the_catalogue(call: Callable[..., Outcome]) -> None:
 def test_schema_and_doctor_print_json(call: Callable[..., Outcome]) -> None:
     assert json.loads(call("schema").out)["title"] == "moecompress recipe"
     assert json.loads(call("doctor", "--json").out)["kernels"]
-    assert "torch reference: available" in call("doctor").out
+    assert "torch: available" in call("doctor").out
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:

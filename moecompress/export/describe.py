@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,29 @@ _WEIGHTS = (".safetensors", ".index.json")
 _KEPT = ("recipe.yaml", "eval.json", "eval_windows.jsonl")
 
 
-def describe(
-    output: Output,
-    target: Target,
-    staging: Path,
-    made: Mapping[int | None, Converted],
-    records: Sequence[ShardRecord],
-    losses: Sequence[str],
-) -> None:
+@dataclass(frozen=True)
+class Export:
+    """A conversion whose shards are written into `staging`. made: by layer, None for the rest. losses: in words."""
+
+    output: Output
+    target: Target
+    staging: Path
+    made: Mapping[int | None, Converted]
+    records: Sequence[ShardRecord]
+    losses: Sequence[str]
+
+    def schemes(self) -> tuple[dict[str, Scheme], dict[str, Scheme]]:
+        """Checkpoint module -> scheme: experts, other matrices."""
+        found = {module: scheme for part in self.made.values() for module, scheme in part.schemes.items()}
+        others = set(self.output.linears.values())
+        return {m: s for m, s in found.items() if m not in others}, {m: s for m, s in found.items() if m in others}
+
+
+def describe(export: Export) -> None:
     """Write everything but the shards. The measurements of the source directory are kept when nothing was lost."""
-    write_index(staging, records)
-    _config(output, target, staging, made)
+    output, staging, losses = export.output, export.staging, export.losses
+    write_index(staging, export.records)
+    _config(export)
     for path in sorted(output.root.iterdir()):
         if path.is_file() and path.name not in _REMADE and not path.name.endswith(_WEIGHTS):
             shutil.copyfile(path, staging / path.name)
@@ -44,13 +57,14 @@ def describe(
     for name in _KEPT if not losses else _KEPT[:1]:
         if (output.root / FOLDER / name).is_file():
             shutil.copyfile(output.root / FOLDER / name, folder / name)
-    _manifest(output, target, staging, made, records, losses)
-    _report(output, target, staging, made, records, losses)
+    _manifest(export)
+    _report(export)
 
 
-def _config(output: Output, target: Target, staging: Path, made: Mapping[int | None, Converted]) -> None:
+def _config(export: Export) -> None:
+    output, target, staging = export.output, export.target, export.staging
     config = {key: value for key, value in output.model.raw_config.items() if key != "quantization_config"}
-    experts, linears = _schemes(output, made)
+    experts, linears = export.schemes()
     if target.format == "gptq":
         config["quantization_config"] = gptq_block(output, experts, linears)
         atomic_write(staging / "quantize_config.json", _json(config["quantization_config"]))
@@ -58,13 +72,6 @@ def _config(output: Output, target: Target, staging: Path, made: Mapping[int | N
         block = config_block(output.layout, next(iter(experts.values())), target.linears, linears)
         config["quantization_config"] = block.to_json()
     atomic_write(staging / "config.json", _json(config))
-
-
-def _schemes(output: Output, made: Mapping[int | None, Converted]) -> tuple[dict[str, Scheme], dict[str, Scheme]]:
-    """Checkpoint module -> scheme: experts, other matrices."""
-    found = {module: scheme for part in made.values() for module, scheme in part.schemes.items()}
-    others = set(output.linears.values())
-    return {m: s for m, s in found.items() if m not in others}, {m: s for m, s in found.items() if m in others}
 
 
 def gptq_block(output: Output, experts: Mapping[str, Scheme], linears: Mapping[str, Scheme]) -> dict[str, Any]:
@@ -92,80 +99,73 @@ def gptq_block(output: Output, experts: Mapping[str, Scheme], linears: Mapping[s
     }
 
 
-def _manifest(
-    output: Output,
-    target: Target,
-    staging: Path,
-    made: Mapping[int | None, Converted],
-    records: Sequence[ShardRecord],
-    losses: Sequence[str],
-) -> None:
+def _manifest(export: Export) -> None:
     """manifest.json: what became of every tensor of the original source, where the directory still says so."""
-    rows = {key: row for part in made.values() for key, row in part.rows.items()}
-    for key, row in output.rows.items():
+    rows = {key: row for part in export.made.values() for key, row in part.rows.items()}
+    for key, row in export.output.rows.items():
         if key not in rows:
             rows[key] = {**row, "outputs": []}
         elif rows[key]["action"] == "copy":
             rows[key]["action"] = row["action"]
-    outputs = {name: {"file": record.file, **facts} for record in records for name, facts in record.tensors.items()}
+    outputs = {
+        name: {"file": record.file, **facts} for record in export.records for name, facts in record.tensors.items()
+    }
     data = {
         "schema": 1,
-        "export": {"format": target.format, "lost": list(losses)},
+        "export": {"format": export.target.format, "lost": list(export.losses)},
         "tensors": dict(sorted(rows.items())),
         "outputs": dict(sorted(outputs.items())),
     }
-    atomic_write(staging / FOLDER / "manifest.json", json.dumps(data, indent=1) + "\n")
+    atomic_write(export.staging / FOLDER / "manifest.json", json.dumps(data, indent=1) + "\n")
 
 
-def _report(
-    output: Output,
-    target: Target,
-    staging: Path,
-    made: Mapping[int | None, Converted],
-    records: Sequence[ShardRecord],
-    losses: Sequence[str],
-) -> None:
+def _report(export: Export) -> None:
     """report.* and the card, when the source directory has a report: its numbers, this format and size."""
     from moecompress.report import Report, model_card, read_evaluation, write_report, write_report_json
 
+    output, target, staging = export.output, export.target, export.staging
     path = output.root / FOLDER / "report.json"
     if not path.is_file():
         return
     data = json.loads(path.read_text("utf-8"))
-    size, written = data["size"], sum(int(row["nbytes"]) for record in records for row in record.tensors.values())
+    size, written = (
+        data["size"],
+        sum(int(row["nbytes"]) for record in export.records for row in record.tensors.values()),
+    )
     if size.get("total_bits_per_weight") and size.get("output_bytes"):
         size["total_bits_per_weight"] *= written / size["output_bytes"]
     size["output_bytes"] = written
     size["components"] = {}
-    size["expert_bits_per_weight"] = _expert_bits(output, target, made)
+    size["expert_bits_per_weight"] = _expert_bits(export)
     text = f"exported to {target.format} from a {data.get('format')} output" + (
-        f"; lost: {'; '.join(losses)}" if losses else ", every value kept"
+        f"; lost: {'; '.join(export.losses)}" if export.losses else ", every value kept"
     )
     if target.format == "dense":
         text = text.replace("every value kept", "every value rounded once to the checkpoint's dtype")
     data["format"] = target.format
     data["warnings"] = [*data.get("warnings", ()), text]
-    data["loadable"] = loadable(output, target, made)
+    data["loadable"] = loadable(export)
     report = Report.model_validate(data)
     write_report_json(staging, report)
     write_report(staging)
     atomic_write(staging / "README.md", model_card(report, read_evaluation(staging), _licence(output.root)))
 
 
-def _expert_bits(output: Output, target: Target, made: Mapping[int | None, Converted]) -> float:
+def _expert_bits(export: Export) -> float:
     """Stored bits (codes and scales) per weight of the routed experts."""
+    target = export.target
     if target.format == "dense":
         return 8.0 * target.dtype.itemsize
-    schemes, _ = _schemes(output, made)
-    shapes = {module: shape for part in made.values() for module, shape in part.shapes.items()}
+    schemes, _ = export.schemes()
+    shapes = {module: shape for part in export.made.values() for module, shape in part.shapes.items()}
     bits = sum(stored_bits(shapes[module], scheme, target.dtype) for module, scheme in schemes.items())
     return bits / sum(shapes[module][0] * shapes[module][1] for module in schemes)
 
 
-def loadable(output: Output, target: Target, made: Mapping[int | None, Converted]) -> dict[str, Any]:
+def loadable(export: Export) -> dict[str, Any]:
     """Who loads the export, by the rules of their code: nothing is run here."""
-    experts, linears = _schemes(output, made)
-    site = output.model.facts.moe_layers[0].site
+    target, (experts, _) = export.target, export.schemes()
+    site = export.output.model.facts.moe_layers[0].site
     assert site is not None
     if target.format == "dense":
         row = {"status": "by_rule", "reason": "a plain Hugging Face checkpoint in the source's layout and dtype"}

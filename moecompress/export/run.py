@@ -11,7 +11,7 @@ from pathlib import Path
 from moecompress.checkpoint.writer import ShardRecord, write_shard
 from moecompress.errors import MoecompressError, OutputError, Stopped, message
 from moecompress.export.convert import Converted, Target, convert_layer, same_values, without_biases
-from moecompress.export.describe import describe
+from moecompress.export.describe import Export, describe
 from moecompress.export.fit import CONTAINER_BITS, ExportFormat, Fit, activation_losses, common_fit, linear_fit, own_fit
 from moecompress.export.source import Output, open_output
 from moecompress.parts import split_entries
@@ -43,7 +43,7 @@ def export_dir(
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         made, records = _write(output, target, staging, shown)
-        describe(output, target, staging, made, records, losses)
+        describe(Export(output, target, staging, made, records, losses))
         if form in ("portable", "container") and not losses:
             _compare(output, staging)
         staging.chmod(0o755)

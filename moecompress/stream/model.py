@@ -129,7 +129,7 @@ class StreamModel:
         if check:
             for name, value in tensors.items():
                 if isinstance(value, Tensor):
-                    self._check(f"{facts.name}.{name}", value)
+                    self.check_finite(f"{facts.name}.{name}", value)
         return tensors
 
     def read_outer(self, name: str) -> Tensor:
@@ -138,7 +138,7 @@ class StreamModel:
         if source not in self.key_map.assemblies:
             raise CheckpointError(message(name, "no tensor of the checkpoint provides it"))
         value = assemble(self.key_map.assemblies[source], self.reader.read, self.skeleton)[source]
-        self._check(source, value)
+        self.check_finite(source, value)
         return value
 
     def _read_in_layer(self, facts: LayerFacts, name: str) -> dict[str, Weight]:
@@ -176,7 +176,7 @@ class StreamModel:
             if check:
                 for part, value in (("gate_up", weights.gate_up), ("down", weights.down)):
                     if isinstance(value, Tensor):
-                        self._check(f"{prefix} expert {expert} {part}", value)
+                        self.check_finite(f"{prefix} expert {expert} {part}", value)
             experts.append(weights)
         return tuple(experts)
 
@@ -193,8 +193,8 @@ class StreamModel:
         down = self.read_outer(f"{prefix}.down_proj_bias")
         return tuple(ExpertWeights(e.gate_up, e.down, up[i], down[i]) for i, e in enumerate(experts))
 
-    def _check(self, name: str, value: Tensor) -> None:
-        """NaN and Inf in a source tensor stop the run; the message names it and the checkpoint keys it came from."""
+    def check_finite(self, name: str, value: Tensor) -> None:
+        """Raises NotFinite, naming the tensor, when it holds NaN or Inf."""
         if not value.is_floating_point() or not value.numel():
             return
         if all(bound.isfinite() for bound in torch.aminmax(value)):  # no temporaries, unlike isfinite
