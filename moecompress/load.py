@@ -28,6 +28,7 @@ from moecompress.checkpoint.native_gate import LEAF
 from moecompress.checkpoint.reader import TensorReader
 from moecompress.errors import CheckpointError, UnsupportedModel, message
 from moecompress.experts import PackedExperts, PackedLinear
+from moecompress.packed import Packed
 from moecompress.stream.attention import watch_attention
 from moecompress.stream.mapping import build_key_map
 from moecompress.stream.skeleton import read_config_json
@@ -150,6 +151,10 @@ class MoecompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         if self.quantization_config.dequantize:
             self._dequantize(model, model.config.dtype)
+            return
+        for module in model.modules():
+            if isinstance(module, Packed) and not any(record.is_meta for record in module.parameters()):
+                module.prepare()
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         """Put the family's own modules back. Called by `model.dequantize()` and for `dequantize=True`."""

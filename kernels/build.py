@@ -1,0 +1,131 @@
+"""Compile the CPU library: by `pip install` through setup.py, or at first use into a cache. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+CACHE = "MOECOMPRESS_KERNEL_CACHE"  # environment: a directory instead of the user's cache
+_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -w".split()
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vector-width=512".split()
+_X86 = {
+    "isa_avx2": "-mavx2 -mfma".split(),
+    "isa_avx512": _AVX512,
+    "isa_avx512_bf16": [*_AVX512, "-mavx512bf16"],
+}
+_PLAIN = ("isa_scalar", "layout", "pool", "driver", "api")
+
+
+class BuildError(Exception):
+    """There is no compiler, or it failed; the text says which and how."""
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler as a command: $CXX, or the first of c++, g++, clang++ that exists. Raises BuildError."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    if chosen:
+        if shutil.which(chosen[0]) is None:
+            raise BuildError(f"the compiler that CXX names, {chosen[0]}, does not exist")
+        return chosen
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise BuildError("no C++ compiler found (tried c++, g++, clang++; CXX names another)")
+
+
+def sources_hash() -> str:
+    """16 hex digits of everything that decides what the library does."""
+    digest = hashlib.sha256(" ".join((*_FLAGS, *_AVX512, platform.machine())).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_cpu(target: Path, extra: tuple[str, ...] = ()) -> None:
+    """Build the library at `target`, whole or not at all. extra: more flags (sanitizers). Raises BuildError."""
+    compiler = find_compiler()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    flags = [*_FLAGS, f'-DMC_SOURCES="{sources_hash()}"', *extra]
+    with tempfile.TemporaryDirectory(prefix="moecompress-build-") as folder:
+        objects = {name: Path(folder) / f"{name}.o" for name in (*_X86, *_PLAIN)}
+
+        def compile_one(name: str) -> None:
+            own = _X86.get(name, []) if x86 else []
+            _call([*compiler, *flags, *own, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects[name])])
+
+        with ThreadPoolExecutor(max(1, min(len(objects), len(os.sched_getaffinity(0))))) as pool:
+            list(pool.map(compile_one, objects))
+        built = Path(folder) / "library.so"
+        _call([*compiler, "-shared", *extra, "-o", str(built), *map(str, objects.values()), "-pthread"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copyfile(built, partial)
+        partial.replace(target)
+
+
+def cache_directory() -> Path:
+    """Where libraries built at first use are kept."""
+    chosen = os.environ.get(CACHE)
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "moecompress" / "kernels"
+
+
+def cached_cpu() -> tuple[Path, str]:
+    """(library, how it came about): from the cache, or built now. Raises BuildError.
+
+    Processes that need it at the same time wait for the one that builds. A cache that cannot be written is not an
+    error: the library is then built for this process only.
+    """
+    folder = cache_directory() / sources_hash()
+    target = folder / "cpu.so"
+    if target.is_file():
+        return target, f"from the cache {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            if not target.is_file():
+                _say()
+                compile_cpu(target)
+        return target, f"built into the cache {folder}"
+    except OSError as error:
+        _say()
+        private = Path(tempfile.mkdtemp(prefix="moecompress-kernels-")) / "cpu.so"
+        compile_cpu(private)
+        return private, f"built for this process only, the cache {folder} cannot be written ({error.strerror})"
+
+
+def _say() -> None:
+    print("moecompress: compiling CPU kernels (once, some seconds)", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _call(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
+    if done.returncode:
+        tail = (done.stderr or done.stdout).strip().splitlines()[-3:]
+        raise BuildError(f"{command[0]} failed with {done.returncode}: {' | '.join(tail)}")

@@ -1,0 +1,120 @@
+// The C interface that Python calls. No exception leaves it; every function that can fail returns one of MC_OK...
+#include <new>
+
+#include "mc_cpu.h"
+
+int run_moe(const McLayer&, const uint8_t*, const Isa&, const void*, int64_t, const int64_t*, const float*, int64_t,
+            int64_t, void*, int);
+int run_linear(const McLayer&, const uint8_t*, const Isa&, const void*, int64_t, int64_t, void*, int);
+
+#if defined(__GNUC__)
+#define MC_EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define MC_EXPORT extern "C"
+#endif
+
+namespace {
+
+bool machine_has(int number) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  switch (number) {
+    case 0: return true;
+    case 1: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case 2: return avx512;
+    case 3: return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
+  return false;
+#else
+  return number == 0;
+#endif
+}
+
+const Isa* isa_of(int number) {
+  switch (number) {
+    case 0: return isa_scalar();
+    case 1: return isa_avx2();
+    case 2: return isa_avx512();
+    case 3: return isa_avx512_bf16();
+  }
+  return nullptr;
+}
+
+template <class F>
+int guarded(const F& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return MC_NO_MEMORY;
+  } catch (...) {
+    return MC_BAD_ARGUMENT;
+  }
+}
+
+const McLayer& layer_of(const int64_t* table) { return *reinterpret_cast<const McLayer*>(table); }
+
+}  // namespace
+
+#if !defined(MC_SOURCES)
+#define MC_SOURCES "unknown"
+#endif
+// Which sources this was built from; a library of other sources is not used.
+MC_EXPORT const char* mc_sources() { return MC_SOURCES; }
+
+// Name of instruction set `number`, or null when there is none. *usable: compiled in, and this machine has it.
+MC_EXPORT const char* mc_isa(int number, int* usable) {
+  static const char* const names[] = {"scalar", "AVX2", "AVX-512", "AVX-512 BF16"};
+  if (number < 0 || number > 3) return nullptr;
+  *usable = isa_of(number) != nullptr && machine_has(number);
+  return names[number];
+}
+
+MC_EXPORT int mc_threads(int wanted) { return pool_threads(wanted); }
+
+// Experts[i] from records[i] (rows of the native format) into the blob, or back.
+MC_EXPORT int mc_pack(const int64_t* table, const uint8_t* const* records, uint8_t* blob, int threads) {
+  return guarded([&] {
+    struct Context {
+      const McLayer& layer;
+      const uint8_t* const* records;
+      uint8_t* blob;
+    } context = {layer_of(table), records, blob};
+    auto task = [](void* with, int64_t i, int) {
+      auto& c = *static_cast<Context*>(with);
+      layout_pack(matrices_of(&c.layer)[i], c.records[i / c.layer.matrices], c.blob);
+    };
+    pool_run(pool_threads(threads), context.layer.experts * context.layer.matrices, task, &context);
+    return int(MC_OK);
+  });
+}
+
+MC_EXPORT int mc_unpack(const int64_t* table, const uint8_t* blob, int64_t expert, uint8_t* record) {
+  return guarded([&] {
+    const McLayer& layer = layer_of(table);
+    if (expert < 0 || expert >= layer.experts) return int(MC_BAD_ID);
+    for (int64_t i = 0; i < layer.matrices; ++i)
+      layout_unpack(matrices_of(&layer)[expert * layer.matrices + i], blob, record);
+    return int(MC_OK);
+  });
+}
+
+MC_EXPORT int mc_moe_mlp(const int64_t* table, const uint8_t* blob, const void* x, int64_t dtype, const int64_t* ids,
+                         const float* weights, int64_t tokens, int64_t per_token, void* out, int threads, int isa) {
+  return guarded([&] {
+    const Isa* chosen = isa_of(isa);
+    if (!chosen || !machine_has(isa)) return int(MC_BAD_ARGUMENT);
+    return run_moe(layer_of(table), blob, *chosen, x, dtype, ids, weights, tokens, per_token, out,
+                   pool_threads(threads));
+  });
+}
+
+MC_EXPORT int mc_linear(const int64_t* table, const uint8_t* blob, const void* x, int64_t dtype, int64_t n, void* out,
+                        int threads, int isa) {
+  return guarded([&] {
+    const Isa* chosen = isa_of(isa);
+    if (!chosen || !machine_has(isa)) return int(MC_BAD_ARGUMENT);
+    return run_linear(layer_of(table), blob, *chosen, x, dtype, n, out, pool_threads(threads));
+  });
+}

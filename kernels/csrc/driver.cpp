@@ -1,0 +1,246 @@
+// Routed experts and Linears: who multiplies what, in which order, on which thread. The result does not depend on the
+// number of threads: every output value is summed by one thread, in the order of the experts.
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "mc_cpu.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int64_t MANY = 96;        // rows multiplied by one expanded panel at a time
+constexpr int64_t PARALLEL = 1 << 16;  // values: less is not worth waking threads for
+
+struct Memory {  // aligned, for one call
+  std::vector<uint8_t*> blocks;
+  ~Memory() {
+    for (uint8_t* block : blocks) ::operator delete[](block, std::align_val_t(64));
+  }
+  template <class T>
+  T* take(int64_t count) {
+    auto* block = static_cast<uint8_t*>(::operator new[](size_t(count) * sizeof(T) + 64, std::align_val_t(64)));
+    blocks.push_back(block);
+    return reinterpret_cast<T*>(block);
+  }
+};
+
+struct Scratch {
+  alignas(64) uint8_t expanded[SCRATCH];
+  alignas(64) float panel[MANY * PANEL];
+  const void* x[MANY];
+  const float* sums[MANY];
+  float* dst[MANY];
+};
+
+Scratch& scratch() {
+  static thread_local Scratch* own = new Scratch;
+  return *own;
+}
+
+// A function object as a task of the pool.
+template <class F>
+void parallel(int threads, int64_t tasks, const F& f) {
+  pool_run(threads, tasks, [](void* context, int64_t i, int) { (*static_cast<const F*>(context))(i); },
+           const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// Multiply rows `which[0..n)` of x by one panel; results (steps applied) in the thread's scratch.
+void multiply(const Isa& isa, const McMatrix& m, const uint8_t* blob, int64_t panel, const Rows& x, const int64_t* which,
+              int64_t n, Scratch& own) {
+  for (int64_t i = 0; i < n; ++i) own.x[i] = x.row(which[i]), own.sums[i] = x.sum(which[i]);
+  int64_t zero_bytes = element_bytes(m.values == MC_INT ? int64_t(MC_U8) : m.dtype);
+  PanelCall call = {};
+  call.codes = blob + m.codes + panel * panel_bytes(m);
+  call.scales = m.scales < 0 ? nullptr : blob + m.scales + panel * m.groups * PANEL * element_bytes(m.dtype);
+  call.zeros = m.zeros < 0 ? nullptr : blob + m.zeros + panel * m.groups * PANEL * zero_bytes;
+  call.matrix = &m;
+  call.x_type = x.type;
+  call.x = own.x;
+  call.sums = own.sums;
+  call.n = n;
+  call.out = own.panel;
+  call.scratch = own.expanded;
+  isa.panel(call);
+  if (x.steps)
+    for (int64_t i = 0; i < n; ++i)
+      for (int r = 0; r < PANEL; ++r) own.panel[i * PANEL + r] *= x.steps[which[i]];
+}
+
+// All forms of the given rows. narrow: first round the values to `dtype`.
+struct Forms {
+  std::vector<Rows> rows;
+
+  void make(const McLayer& layer, const Isa& isa, const void* x, int64_t stored, int64_t dtype, int64_t n,
+            int64_t columns, const std::vector<int64_t>& wanted, int threads, Memory& memory) {
+    rows.resize(layer.inputs);
+    for (int64_t f : wanted) {
+      const McInput& form = inputs_of(&layer)[f];
+      Rows& made = rows[f];
+      made.type = row_type(form, isa, dtype);
+      made.groups = form.groups;
+      if (used_as_is(form, made.type, stored)) {
+        made.bytes = columns * element_bytes(stored);
+        made.at = static_cast<const uint8_t*>(x);
+        continue;
+      }
+      made.bytes = (form.groups * form.padded * element_bytes(made.type) + 63) / 64 * 64;
+      auto* at = memory.take<uint8_t>(n * made.bytes);
+      float* sums = form.sums ? memory.take<float>(n * form.groups) : nullptr;
+      float* steps = form.rounding ? memory.take<float>(n) : nullptr;
+      made.at = at, made.sums = sums, made.steps = steps;
+      auto one = [&](int64_t i) {
+        static thread_local std::vector<float> values;
+        values.resize(columns);
+        to_floats(static_cast<const uint8_t*>(x) + i * columns * element_bytes(stored), stored, columns, values.data());
+        if (stored != dtype)
+          for (float& value : values) value = narrowed(value, dtype);
+        form_row(values.data(), form, made.type, at + i * made.bytes, sums ? sums + i * form.groups : nullptr,
+                 steps ? steps + i : nullptr);
+      };
+      parallel(n * columns < PARALLEL ? 1 : threads, n, one);
+    }
+  }
+};
+
+struct Routing {  // slots sorted by expert; sentinel slots left out
+  std::vector<int64_t> active, start, slot, token, position;
+
+  bool make(const int64_t* ids, int64_t tokens, int64_t per_token, int64_t experts) {
+    std::vector<int64_t> counts(experts + 1);
+    for (int64_t s = 0; s < tokens * per_token; ++s) {
+      if (ids[s] < 0 || ids[s] > experts) return false;
+      ++counts[ids[s]];
+    }
+    start.assign(experts + 1, 0);
+    for (int64_t e = 0; e < experts; ++e) {
+      start[e + 1] = start[e] + counts[e];
+      if (counts[e]) active.push_back(e);
+    }
+    slot.resize(start[experts]), token.resize(start[experts]), position.resize(start[experts]);
+    std::vector<int64_t> next(start.begin(), start.end());
+    for (int64_t s = 0; s < tokens * per_token; ++s)
+      if (ids[s] < experts) {
+        int64_t at = next[ids[s]]++;
+        slot[at] = s, token[at] = s / per_token, position[at] = at;
+      }
+    return true;
+  }
+};
+
+std::vector<int64_t> forms_in_use(const McLayer& layer, const std::vector<int64_t>& experts, int64_t which) {
+  std::vector<int64_t> used;
+  for (int64_t e : experts) {
+    int64_t form = matrices_of(&layer)[e * layer.matrices + which].input;
+    if (std::find(used.begin(), used.end(), form) == used.end()) used.push_back(form);
+  }
+  return used;
+}
+
+// gate_up and activation for every slot: inner float32 [slots, width]
+void first_matrices(const McLayer& layer, const uint8_t* blob, const Isa& isa, const Routing& routing,
+                    const Forms& forms, float* inner, int threads) {
+  std::vector<int64_t> heavy = routing.active;  // most work first, so that no thread is left alone with it
+  std::stable_sort(heavy.begin(), heavy.end(), [&](int64_t a, int64_t b) {
+    return routing.start[a + 1] - routing.start[a] > routing.start[b + 1] - routing.start[b];
+  });
+  int64_t panels = matrices_of(&layer)[0].panels;
+  int64_t pieces = std::min<int64_t>(panels, (threads * 16 - 1) / int64_t(heavy.size()) + 1);
+  int64_t width = layer.gated ? BLOCK : PANEL;
+  parallel(threads, int64_t(heavy.size()) * pieces, [&](int64_t task) {
+    Scratch& own = scratch();
+    int64_t e = heavy[task / pieces], piece = task % pieces;
+    const McMatrix& m = matrices_of(&layer)[e * layer.matrices];
+    const float* bias = layer.bias_up < 0 ? nullptr
+                        : reinterpret_cast<const float*>(blob + layer.bias_up) + e * panels * PANEL;
+    for (int64_t panel = panels * piece / pieces; panel < panels * (piece + 1) / pieces; ++panel)
+      for (int64_t from = routing.start[e]; from < routing.start[e + 1]; from += MANY) {
+        int64_t n = std::min(MANY, routing.start[e + 1] - from);
+        multiply(isa, m, blob, panel, forms.rows[m.input], routing.token.data() + from, n, own);
+        for (int64_t i = 0; i < n; ++i) {
+          for (int r = 0; bias && r < PANEL; ++r) own.panel[i * PANEL + r] += bias[panel * PANEL + r];
+          own.dst[i] = inner + (from + i) * layer.width + panel * width;
+        }
+        isa.activate({own.panel, own.dst, n, layer.width - panel * width, &layer});
+      }
+  });
+}
+
+// down and the weighted sum over slots: out [tokens, hidden] in dtype
+void second_matrices(const McLayer& layer, const uint8_t* blob, const Isa& isa, const Routing& routing,
+                     const Forms& forms, const float* weights, int64_t tokens, int64_t dtype, uint8_t* out,
+                     Memory& memory, int threads) {
+  int64_t panels = (layer.hidden + PANEL - 1) / PANEL;
+  int64_t pieces = std::min<int64_t>(panels, threads > 1 ? threads * 8 : std::max<int64_t>(1, tokens / 32));
+  float* total = memory.take<float>(tokens * panels * PANEL);
+  parallel(threads, pieces, [&](int64_t piece) {
+    Scratch& own = scratch();
+    int64_t first = panels * piece / pieces, stop = panels * (piece + 1) / pieces, size = (stop - first) * PANEL;
+    float* sums = total + tokens * first * PANEL;  // [tokens][size]
+    std::fill(sums, sums + tokens * size, 0.0f);
+    for (int64_t e : routing.active) {
+      const McMatrix& m = matrices_of(&layer)[e * layer.matrices + 1];
+      const float* bias = layer.bias_down < 0 ? nullptr
+                          : reinterpret_cast<const float*>(blob + layer.bias_down) + e * panels * PANEL;
+      for (int64_t panel = first; panel < stop; ++panel)
+        for (int64_t from = routing.start[e]; from < routing.start[e + 1]; from += MANY) {
+          int64_t n = std::min(MANY, routing.start[e + 1] - from);
+          multiply(isa, m, blob, panel, forms.rows[m.input], routing.position.data() + from, n, own);
+          for (int64_t i = 0; i < n; ++i) {
+            float* to = sums + routing.token[from + i] * size + (panel - first) * PANEL;
+            float weight = weights[routing.slot[from + i]];
+            for (int r = 0; bias && r < PANEL; ++r) own.panel[i * PANEL + r] += bias[panel * PANEL + r];
+            for (int r = 0; r < PANEL; ++r) to[r] += weight * own.panel[i * PANEL + r];
+          }
+        }
+    }
+    int64_t keep = std::min(size, layer.hidden - first * PANEL), bytes = element_bytes(dtype);
+    for (int64_t t = 0; t < tokens; ++t)
+      from_floats(sums + t * size, dtype, keep, out + (t * layer.hidden + first * PANEL) * bytes);
+  });
+}
+
+}  // namespace
+
+int run_moe(const McLayer& layer, const uint8_t* blob, const Isa& isa, const void* x, int64_t dtype, const int64_t* ids,
+            const float* weights, int64_t tokens, int64_t per_token, void* out, int threads) {
+  Routing routing;
+  if (!routing.make(ids, tokens, per_token, layer.experts)) return MC_BAD_ID;
+  if (routing.active.empty()) {
+    std::memset(out, 0, tokens * layer.hidden * element_bytes(dtype));
+    return MC_OK;
+  }
+  Memory memory;
+  int64_t slots = int64_t(routing.slot.size());
+  Forms before, after;
+  before.make(layer, isa, x, dtype, dtype, tokens, layer.hidden, forms_in_use(layer, routing.active, 0), threads, memory);
+  float* inner = memory.take<float>(slots * layer.width);
+  first_matrices(layer, blob, isa, routing, before, inner, threads);
+  std::vector<int64_t> wanted = forms_in_use(layer, routing.active, 1);
+  after.make(layer, isa, inner, MC_F32, dtype, slots, layer.width, wanted, threads, memory);
+  second_matrices(layer, blob, isa, routing, after, weights, tokens, dtype, static_cast<uint8_t*>(out), memory, threads);
+  return MC_OK;
+}
+
+int run_linear(const McLayer& layer, const uint8_t* blob, const Isa& isa, const void* x, int64_t dtype, int64_t n,
+               void* out, int threads) {
+  Memory memory;
+  Forms forms;
+  const McMatrix& m = matrices_of(&layer)[0];
+  forms.make(layer, isa, x, dtype, dtype, n, m.columns, {m.input}, threads, memory);
+  std::vector<int64_t> which(n);
+  for (int64_t i = 0; i < n; ++i) which[i] = i;
+  int64_t pieces = std::min<int64_t>(m.panels, threads * 8), bytes = element_bytes(dtype);
+  parallel(threads, pieces, [&](int64_t piece) {
+    Scratch& own = scratch();
+    for (int64_t panel = m.panels * piece / pieces; panel < m.panels * (piece + 1) / pieces; ++panel)
+      for (int64_t from = 0; from < n; from += MANY) {
+        int64_t count = std::min(MANY, n - from), keep = std::min<int64_t>(PANEL, m.rows - panel * PANEL);
+        multiply(isa, m, blob, panel, forms.rows[m.input], which.data() + from, count, own);
+        for (int64_t i = 0; i < count; ++i)
+          from_floats(own.panel + i * PANEL, dtype, keep,
+                      static_cast<uint8_t*>(out) + ((from + i) * m.rows + panel * PANEL) * bytes);
+      }
+  });
+  return MC_OK;
+}

@@ -1,0 +1,100 @@
+// Shared by all CPU sources: the table that Python writes, and what one instruction set offers to the driver.
+//
+// Runtime layout of a matrix. Rows are taken 32 at a time (a panel: two blocks of 16) and columns 32 at a time (a tile);
+// every group of columns is padded to whole tiles. A tile of b bits is b lines of 64 bytes per block, lane r of a line
+// (32 bits) belonging to row r of the block: its low half holds codes of even columns, its high half of odd columns, in
+// order from the lowest bit. So line words shifted right by s*b hold the columns 2s and 2s+1 side by side, which is what
+// a bf16 dot product of pairs reads. Three bits: five codes per half word in each of three lines; the three top bits left
+// over are the last pair. Eight bits: two codes per half word. Matrices without codes are lines of bf16 pairs (b = 16) or
+// of float32 columns (b = 32). Order in memory: panel, tile, block, line; scales and zeros: panel, group, row.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+enum : int64_t { MC_RAW = 0, MC_SYMMETRIC = 1, MC_BINARY = 2, MC_INT = 3, MC_FLOAT = 4 };  // McMatrix.values
+enum : int64_t { MC_F32 = 0, MC_BF16 = 1, MC_F16 = 2, MC_U8 = 3, MC_I8 = 4 };              // element types
+enum : int64_t { MC_PLAIN = 0, MC_GATED = 1, MC_INTERLEAVED = 2 };                         // McMatrix.order of rows
+enum : int64_t { MC_SILU = 0, MC_GELU = 1, MC_GELU_TANH = 2, MC_RELU = 3, MC_RELU2 = 4 };  // McLayer.function
+enum { MC_OK = 0, MC_BAD_ID = 1, MC_NO_MEMORY = 2, MC_BAD_ARGUMENT = 3 };
+
+constexpr int PANEL = 32, BLOCK = 16, TILE = 32, LINE = 64;
+
+struct McMatrix {         // all int64: Python packs it
+  int64_t codes, scales, zeros;              // byte offsets in the blob; -1 = none
+  int64_t rows, columns, bits;               // bits: 1, 2, 3, 4, 8, 16 (bf16 pairs), 32 (float32)
+  int64_t group, padded, groups;             // columns of a group, the same padded to whole tiles, their number
+  int64_t values, dtype, order, panels;      // dtype: of scales as kept in the blob (MC_F32 or MC_BF16)
+  int64_t input;                             // index of the form its inputs take (McInput)
+  int64_t rec_codes, rec_scales, rec_zeros;  // byte offsets in the native record
+  int64_t rec_stride, rec_dtype;             // bytes per packed row; dtype of scales there
+  int64_t kind;                              // which record layout; for Python
+};
+
+struct McInput {          // a form of input rows: rounded or not, padded for one group size, with sums or not
+  int64_t rounding;       // 0, 4, 8
+  double factor;          // clip / (2^(rounding-1) - 1)
+  int64_t group, padded, groups;
+  int64_t sums;           // 1: sums over groups are needed (zero points)
+  int64_t dtype;          // MC_F32: always float32; MC_BF16: bf16 when the instruction set multiplies it
+};
+
+struct McLayer {
+  int64_t experts, matrices;                 // matrices per expert: 2, or 1 for a Linear
+  int64_t hidden, width;                     // H; I (inputs of the second matrix)
+  int64_t function, gated;
+  double alpha, limit, shift;                // limit: infinity = none
+  int64_t bias_up, bias_down;                // float32 in the blob, padded like panels; -1 = none
+  int64_t inputs;                            // number of McInput; they follow, then the McMatrix table
+};
+
+inline const McInput* inputs_of(const McLayer* l) { return reinterpret_cast<const McInput*>(l + 1); }
+inline const McMatrix* matrices_of(const McLayer* l) {
+  return reinterpret_cast<const McMatrix*>(inputs_of(l) + l->inputs);
+}
+inline int64_t tile_bytes(const McMatrix& m) { return 2 * m.bits * LINE; }  // of one panel
+inline int64_t panel_bytes(const McMatrix& m) { return m.groups * (m.padded / TILE) * tile_bytes(m); }
+inline int64_t element_bytes(int64_t type) { return type == MC_F32 ? 4 : type == MC_U8 || type == MC_I8 ? 1 : 2; }
+
+// One panel of a matrix times n input rows: out[n][32] (float32, overwritten).
+struct PanelCall {
+  const uint8_t* codes;       // of this panel
+  const uint8_t* scales;      // of this panel, or null
+  const uint8_t* zeros;       // of this panel, or null
+  const McMatrix* matrix;
+  int64_t x_type;             // MC_F32, MC_BF16 or MC_I8
+  const void* const* x;       // n rows
+  const float* const* sums;   // n rows of [groups], or null
+  int64_t n;
+  float* out;
+  uint8_t* scratch;           // SCRATCH bytes, aligned to 64
+};
+constexpr int64_t SCRATCH = 64 * 1024;
+
+struct ActivationCall {       // dst[i] = f of n rows of a panel: [16] when gated, [32] when not
+  const float* panel;         // [n][32]; gated: 16 gates then 16 ups
+  float* const* dst;
+  int64_t n, keep;            // keep: values per row that exist (the last panel may be padded)
+  const McLayer* layer;
+};
+
+struct Isa {
+  const char* name;
+  bool bf16, int8;            // whether panel() multiplies these
+  void (*panel)(const PanelCall&);
+  void (*activate)(const ActivationCall&);
+};
+
+// nullptr where this build does not contain the instruction set
+const Isa* isa_scalar();
+const Isa* isa_avx2();
+const Isa* isa_avx512();
+const Isa* isa_avx512_bf16();
+
+// pool.cpp
+using Task = void (*)(void* context, int64_t index, int thread);
+int pool_threads(int wanted);                                          // wanted, within affinity and limits
+void pool_run(int threads, int64_t tasks, Task task, void* context);   // returns when all tasks are done
+// layout.cpp
+void layout_pack(const McMatrix& m, const uint8_t* record, uint8_t* blob);
+void layout_unpack(const McMatrix& m, const uint8_t* blob, uint8_t* record);
+int64_t source_row(const McMatrix& m, int64_t panel, int64_t row);     // -1: padding
