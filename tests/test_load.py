@@ -36,7 +36,7 @@ SUPPORTED = [name for name in families.FAMILIES if name not in UNSUPPORTED]
 ALL = range(families.LAYERS)
 LINEARS = Scheme(4)
 IDS = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(0))
-TOLERANCE = 1e-6  # relative, float32: sums in another order
+TOLERANCE = 5e-6  # relative, float32: sums in another order, exponentials of another library
 
 
 def scheme_of(expert: int, projection: Projection) -> Scheme | None:
@@ -258,14 +258,14 @@ def test_the_dtype_leaves_records_as_they_are(dtype: Any, mixtral: tuple[Path, P
     model = AutoModelForCausalLM.from_pretrained(mixtral[1], dtype=dtype)
     stored = tensors_of(mixtral[1])
     records = [name for name, value in stored.items() if value.dtype == torch.uint8 and value.numel() > 1]
-    assert records and all(torch.equal(model.get_parameter(name), stored[name]) for name in records)
+    assert records and all(torch.equal(model.state_dict()[name], stored[name]) for name in records)
     wanted = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # the source's own, and torch's default
     assert model.lm_head.weight.dtype == wanted
     modules: list[Any] = [m for m in model.modules() if isinstance(m, PackedExperts)]
     assert modules[0].expert(0).gate_up.scales.dtype == torch.bfloat16  # as stored, whatever the model's dtype
     assert torch.isfinite(logits(model)).all()
     model.to(torch.bfloat16)
-    assert all(torch.equal(model.get_parameter(name), stored[name]) for name in records)
+    assert all(torch.equal(model.get_parameter(name), stored[name]) for name in records)  # moved: records only
 
 
 def test_device_maps(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
