@@ -58,10 +58,12 @@ def unfit(layer: Layer, device: torch.device) -> str | None:
 def prepare(layer: Layer, records: Sequence[Tensor], slot_map: Tensor, biases: Sequence[Tensor]) -> list[Tensor]:
     """Handle: [blob uint8, table int64]."""
     slots = slot_map.tolist()
-    table, size, bias_at = make_table(layer, [k for k, _ in slots])
+    table, size, bias_at = make_table(layer, slots)
     blob = torch.empty(size, dtype=torch.uint8)
     _prefer_huge_pages(blob)
-    rows = (ctypes.c_void_p * layer.experts)(*(records[k][row].data_ptr() for k, row in slots))
+    first = [slots.index(slot) == number for number, slot in enumerate(slots)]  # experts may share a record
+    sources = [records[k][row].data_ptr() if new else None for (k, row), new in zip(slots, first, strict=True)]
+    rows = (ctypes.c_void_p * layer.experts)(*sources)
     _check(layer, _library().mc_pack(table.data_ptr(), rows, blob.data_ptr(), torch.get_num_threads()))
     for number, (at, bias) in enumerate(zip(bias_at, biases, strict=True)):
         padded = padded_bias(bias.float(), layer, first=number == 0)

@@ -17,15 +17,22 @@ _PANEL, _TILE, _LINE = 32, 32, 64
 _MATRIX, _INPUT, _LAYER = struct.Struct("=20q"), struct.Struct("=qdqqqqq"), struct.Struct("=6q3d3q")
 
 
-def make_table(layer: Layer, kinds: Sequence[int]) -> tuple[Tensor, int, list[int]]:
-    """The table for experts of these record layouts, the size of the blob, and where its biases are."""
+def make_table(layer: Layer, slots: Sequence[Sequence[int]]) -> tuple[Tensor, int, list[int]]:
+    """The table for experts in these slots (k, row), the size of the blob, and where its biases are.
+
+    Experts in the same slot share their bytes.
+    """
     forms: dict[bytes, int] = {}
+    placed: dict[tuple[int, ...], list[bytes]] = {}
     rows, end = [], 0
-    for k in kinds:
-        for number, matrix in enumerate(layer.records[k].matrices):
-            form = forms.setdefault(_form(matrix), len(forms))
-            row, end = _matrix(layer, matrix, number, (form, k), end)
-            rows.append(row)
+    for slot in map(tuple, slots):
+        if slot not in placed:
+            placed[slot] = []
+            for number, matrix in enumerate(layer.records[slot[0]].matrices):
+                form = forms.setdefault(_form(matrix), len(forms))
+                row, end = _matrix(layer, matrix, number, (form, slot[0]), end)
+                placed[slot].append(row)
+        rows += placed[slot]
     act = layer.activation
     bias_at = []
     for number in range(2 if layer.bias else 0):

@@ -73,7 +73,7 @@ MC_EXPORT const char* mc_isa(int number, int* usable) {
 
 MC_EXPORT int mc_threads(int wanted) { return pool_threads(wanted); }
 
-// Experts[i] from records[i] (rows of the native format) into the blob, or back.
+// Expert i from records[i] (a row of the native format) into the blob; null: it shares the bytes of another expert.
 MC_EXPORT int mc_pack(const int64_t* table, const uint8_t* const* records, uint8_t* blob, int threads) {
   return guarded([&] {
     struct Context {
@@ -83,7 +83,8 @@ MC_EXPORT int mc_pack(const int64_t* table, const uint8_t* const* records, uint8
     } context = {layer_of(table), records, blob};
     auto task = [](void* with, int64_t i, int) {
       auto& c = *static_cast<Context*>(with);
-      layout_pack(matrices_of(&c.layer)[i], c.records[i / c.layer.matrices], c.blob);
+      const uint8_t* record = c.records[i / c.layer.matrices];
+      if (record) layout_pack(matrices_of(&c.layer)[i], record, c.blob);
     };
     pool_run(pool_threads(threads), context.layer.experts * context.layer.matrices, task, &context);
     return int(MC_OK);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import packed_layers as layers
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from moecompress import ops
+from moecompress.numerics.activation import activation_codes
 from moecompress.types import Scheme
 from moecompress_kernels import cpu
 
@@ -105,3 +107,44 @@ def test_records_come_back_byte_for_byte() -> None:
         packed = layers.linear(layers.weight(50, 64, scheme, seed=number))
         handle = cpu.prepare(packed.layer, packed.records, packed.slot_map, [])
         assert torch.equal(cpu.record(packed.layer, handle, 0), packed.records[0][0]), scheme
+
+
+def test_experts_may_share_a_record() -> None:
+    packed = layers.experts([MIXED[0], MIXED[1]])
+    slot_map = packed.slot_map[[0, 1, 0]]
+    shared = layers.Packed(replace(packed.layer, experts=3), packed.records, slot_map, [], packed.weights + packed.weights[:1])
+    inputs = layers.routing(6, 3, 2, 64, F32)
+    assert layers.error(run(shared, inputs), layers.oracle(shared, *inputs)) <= LIMIT[F32]
+    sizes = [cpu.prepare(p.layer, p.records, p.slot_map, [])[0].numel() for p in (packed, shared)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa[1])
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_rounded_inputs_have_the_codes_of_the_definition(isa: tuple[int, str], bits: str) -> None:
+    """Against the product of integer codes; a code off by one anywhere would be seen at 1e-6."""
+    for clip, group in itertools.product((1.0, 0.8), (32, -1)):
+        scheme = Scheme(4, group, False, "int", activation=bits, activation_clip=clip)  # type: ignore[arg-type]
+        matrix = layers.weight(48, 96, scheme)
+        packed = layers.linear(matrix)
+        handle = cpu.prepare(packed.layer, packed.records, packed.slot_map, [])
+        x = torch.randn(9, 96, generator=layers.generator(3))
+        x[4] = 0
+        x[5] = torch.arange(96) / 16 - 3  # many ties
+        codes, steps = activation_codes(x, int(bits[3:]), clip)
+        wanted = steps.double() * (codes.double() @ layers.values(matrix).T)
+        for rows in (1, 9):
+            assert layers.error(cpu.packed_linear(packed.layer, handle, x[-rows:], isa=isa[0]), wanted[-rows:]) <= 1e-6
+        halves = x.bfloat16()
+        codes, steps = activation_codes(halves, int(bits[3:]), clip)
+        wanted = steps.double() * (codes.double() @ layers.values(matrix).T)
+        assert layers.error(cpu.packed_linear(packed.layer, handle, halves, isa=isa[0]), wanted) <= LIMIT[BF16]
+
+
+def test_rounded_experts() -> None:
+    schemes = [(Scheme(4, 32, activation="int4"), Scheme(3, 16, activation="int8")), (Scheme(4, 32), Scheme(4, 16))]
+    packed = layers.experts(schemes)
+    inputs = layers.routing(6, 2, 2, 64, F32)
+    handle = ops.backend("torch").prepare(packed.layer, packed.records, packed.slot_map, [])
+    wanted = ops.moe_mlp(*inputs, handle, "torch", packed.layer.text)
+    assert layers.error(run(packed, inputs), wanted) <= LIMIT[F32]
