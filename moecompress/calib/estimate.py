@@ -6,10 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from moecompress.arch.quirks import RECOMPUTED, UNPARKED
-from moecompress.calib.options import AnswersOptions, Generation
+from moecompress.calib.options import AnswersOptions, EbssOptions, Generation
 from moecompress.calib.spec import CalibrationSource
 from moecompress.errors import message
 from moecompress.progress import duration
@@ -88,7 +87,10 @@ def generation_problems(spec: CalibrationSource, model: StreamModel, where: str)
     return problems
 
 
-def _work(spec: CalibrationSource, options: Any) -> _Work:
+def _work(spec: CalibrationSource, options: Generation) -> _Work:
+    if isinstance(options, EbssOptions):
+        batch = min(options.rows_at_once(spec.samples), spec.samples)
+        return _Work(batch * options.settings().width, ceil(spec.samples / batch), spec.length)
     assert isinstance(options, AnswersOptions)
     conversations = ceil(spec.samples * spec.length / options.max_tokens)  # the most there can be
     batch = min(options.rows_at_once(spec.samples), conversations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,3 +50,58 @@ class AnswersOptions(Generation):
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     select: Literal["all", "prompt", "reply"] = "all"
+
+
+@dataclass(frozen=True)
+class EbssSettings:
+    """Every choice of an EBSS search; see `EbssOptions`."""
+
+    tau: float = 1.2
+    width: int = 4
+    scope: Literal["sequence", "corpus"] = "sequence"
+    search: Literal["beam", "stochastic"] = "beam"
+    draws: int = 2
+    top_token_k: int = 64
+    temperature: float = 1.0
+    no_repeat_ngram: int = 0
+    max_run: int = 0
+    special: Literal["allow", "ban"] = "allow"
+
+
+PAPER = EbssSettings()
+BALANCED = EbssSettings(tau=0.05, scope="corpus", search="stochastic", no_repeat_ngram=4, max_run=3, special="ban")
+
+
+class EbssOptions(Generation):
+    """Texts that the model samples from itself, balanced over its experts (MoEQuant, 2505.03804).
+
+    mode: `paper` = the published search; `balanced` = ours. Every other key, where given, replaces the mode's value.
+    tau: divides the imbalance; smaller = more balance, less likelihood. width: beams kept per sentence. scope:
+    imbalance of the sentence alone, or together with the batches finished before. search: the likeliest children of a
+    beam, or `draws` of them drawn at `temperature` among the `top_token_k` likeliest. no_repeat_ngram: no n tokens come
+    twice in a sentence (0 = off). max_run: equal tokens in a row (0 = off). special: whether special tokens may come.
+    """
+
+    mode: Literal["balanced", "paper"] = "balanced"
+    tau: float | None = Field(None, gt=0)
+    width: int | None = Field(None, ge=1)
+    scope: Literal["sequence", "corpus"] | None = None
+    search: Literal["beam", "stochastic"] | None = None
+    draws: int | None = Field(None, ge=1)
+    top_token_k: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, gt=0)
+    no_repeat_ngram: int | None = Field(None, ge=0)
+    max_run: int | None = Field(None, ge=0)
+    special: Literal["allow", "ban"] | None = None
+
+    def settings(self) -> EbssSettings:
+        """The mode's values with the given ones in their place."""
+        given = {item.name: getattr(self, item.name) for item in fields(EbssSettings)}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return replace(PAPER if self.mode == "paper" else BALANCED, **chosen)
+
+    def rows_at_once(self, samples: int) -> int:
+        """Sentences that advance together. A corpus needs finished batches, so it always has several."""
+        if self.settings().scope == "corpus":
+            return self.batch or 32
+        return super().rows_at_once(samples)

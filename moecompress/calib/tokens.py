@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moecompress.calib.answers import make_answers
 from moecompress.calib.cache import cache_key, cache_read, cache_write, digest_of
+from moecompress.calib.ebss import make_ebss
 from moecompress.calib.manifest import check_digest, load_manifest
 from moecompress.calib.sources import read_documents, required_files
 from moecompress.calib.spec import CalibrationSource, Documents, Rows, content_hash
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 POOL = 4  # windows are drawn from up to so many times the tokens needed: long documents do not fill a set alone
 BATCH = 32  # documents tokenised at once
-GENERATED = ("answers",)  # sources that run the model
+GENERATED = ("answers", "ebss")  # sources that run the model
 
 
 def build_token_set(
@@ -42,7 +43,7 @@ def build_token_set(
 
     Documents are shuffled by the seed, tokenised without special tokens and joined by the end-of-text id;
     windows are drawn by the seed and keep the documents' order. `source: tokens` takes its ids as they are; `answers`
-    generates with the model of the workshop.
+    and `ebss` generate with the model of the workshop.
     Raises CalibrationError (source empty, too short, unreadable, ids outside the vocabulary, no tokenizer)
     and MachineError (no network, no library).
     """
@@ -70,7 +71,8 @@ def _rows(
         return Rows(*_tokenised(spec, tokenizer, cache_dir, where))
     if workshop is None:
         raise CalibrationError(message(where, f"source '{spec.source}' needs the model", then="pass a workshop"))
-    return make_answers(spec, tokenizer, where, workshop)
+    make = make_answers if spec.source == "answers" else make_ebss
+    return make(spec, tokenizer, where, workshop)
 
 
 def make_token_set(

@@ -16,7 +16,6 @@ from moecompress.recipe.overrides import with_override
 from moecompress.recipe.source import is_map_of_sets, read_tree
 from moecompress.recipe.specs import (
     CALIBRATION_SOURCES,
-    LATER_SOURCES,
     SECTIONS,
     CalibrationSpec,
     EvaluateSpec,
@@ -136,10 +135,6 @@ def _calibration_set(node: Node, path: tuple[str, ...], problems: list[str]) -> 
         problems.append(f"{node.where}: {format_path(path)}: {found}")
         return None
     kind, where = str(source.plain()), f"{source.where}: {format_path(path)}.source"
-    if kind in LATER_SOURCES:
-        known = ", ".join(sorted(CALIBRATION_SOURCES))
-        problems.append(f"{where}: '{kind}' is not available in this version (allowed: {known})")
-        return None
     if kind not in CALIBRATION_SOURCES:
         problems.append(f"{where}: no source '{kind}'{suggest(kind, CALIBRATION_SOURCES)}")
         return None

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
-from moecompress.calib.options import AnswersOptions, Options
+from moecompress.calib.options import AnswersOptions, EbssOptions, Options
 from moecompress.sizes import parse_size
 
 Text = Annotated[str, Field(min_length=1)]
@@ -102,6 +102,12 @@ class AnswersSource(_Source, AnswersOptions):
     source: Literal["answers"]
 
 
+class EbssSource(_Source, EbssOptions):
+    """Texts that the model samples from itself."""
+
+    source: Literal["ebss"]
+
+
 CALIBRATION_SOURCES: Mapping[str, type[Spec]] = MappingProxyType(
     {
         "text": TextSource,
@@ -110,9 +116,9 @@ CALIBRATION_SOURCES: Mapping[str, type[Spec]] = MappingProxyType(
         "manifest": ManifestSource,
         "tokens": TokensSource,
         "answers": AnswersSource,
+        "ebss": EbssSource,
     }
 )
-LATER_SOURCES = ("ebss",)
 
 
 class OutputSpec(Spec):

@@ -68,22 +68,28 @@ class Growing:
                 self._parking.reorder(parents)
         return self._run(tokens[:, None])
 
-    def save(self, note: Mapping[str, Any]) -> None:
-        """Keep rows, cache and `note` (JSON-able) on disk; only where the cache is parked there."""
-        assert self._parking is not None
-        self._parking.save(self.ids, note)
+    @property
+    def saves(self) -> bool:
+        """Whether the state is on disk, so that `save` and `restore` can be used."""
+        return self._parking is not None
 
-    def restore(self) -> Mapping[str, Any] | None:
-        """Go on from the last `save` in the same folder and return its note; None where there is none."""
-        saved = None if self._parking is None else self._parking.load()
-        if saved is None:
-            return None
-        ids, note = saved
-        self.begin(ids[:, :1])  # makes a cache of the right kind; its contents are replaced
+    def save(self, note: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep rows, cache and `tensors` on disk under the name `note`. The step after it leaves them whole, the second
+        one does not: save after every step."""
         assert self._parking is not None
+        self._parking.save(note, {**tensors, "ids": self.ids})
+
+    def restore(self, note: str) -> dict[str, Tensor] | None:
+        """Go on from the last `save` in the same folder and return its tensors; None where it was not under `note`."""
+        assert self._parking is not None
+        tensors = self._parking.load(note)
+        if tensors is None:
+            return None
+        ids = tensors.pop("ids")
+        self.begin(ids[:, :1])  # makes a cache of the right kind; its contents are replaced
         self._parking.adopt()
         self.ids = ids
-        return note
+        return tensors
 
     def _run(self, fresh: Tensor) -> Grown:
         seen = fresh if self._cached else self.ids

@@ -31,6 +31,7 @@ class Parking:
         self._parked: set[int] = set()
         self._order: Tensor | None = None
         self._cache: Any = None
+        self._state: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def clear(self) -> None:
@@ -61,20 +62,21 @@ class Parking:
             self._step += 1
             self._order = None
 
-    def save(self, ids: Tensor, note: Mapping[str, Any]) -> None:
-        """Make the state after the last complete step the one that `load` finds. The step after it leaves this state's
-        files alone, the second one does not: save after every step."""
-        state = {"step": self._step, "parked": sorted(self._parked), "ids": ids.tolist(), "note": dict(note)}
+    def save(self, note: str, tensors: Mapping[str, Tensor]) -> None:
+        """Make the state after the last complete step, and `tensors`, what `load(note)` finds."""
+        atomic_write(self._folder / f"state.{self._step % 2}.safetensors", save(_copies(tensors)))
+        state = {"note": note, "step": self._step, "parked": sorted(self._parked)}
         atomic_write(self._folder / "state.json", json.dumps(state))
 
-    def load(self) -> tuple[Tensor, Mapping[str, Any]] | None:
-        """Rows int64 [R, T] and note of the saved step; `adopt` makes a fresh cache continue it."""
+    def load(self, note: str) -> dict[str, Tensor] | None:
+        """The tensors of the saved step; `adopt` makes a fresh cache continue it. None for another note, or none."""
         path = self._folder / "state.json"
-        if not path.is_file():
+        state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if state.get("note") != note:
             return None
-        self._state = json.loads(path.read_text(encoding="utf-8"))
-        self._step = self._state["step"] + 2  # same parity: the pass that makes a new cache writes the other one
-        return torch.tensor(self._state["ids"], dtype=torch.int64), self._state["note"]
+        self._state = state
+        self._step = state["step"] + 2  # same parity: the pass that makes a new cache writes the other one
+        return load_file(self._folder / f"state.{state['step'] % 2}.safetensors")
 
     def adopt(self) -> None:
         """Give the cache of the pass just made the saved values."""
@@ -101,12 +103,15 @@ class Parking:
         held = vars(self._cache.layers[index])
         _collect(held, "", tensors, plain)
         path = self._path(index, self._step + 1)
-        atomic_write(
-            path, save({key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()})
-        )
+        atomic_write(path, save(_copies(tensors)))
         atomic_write(path.with_suffix(".json"), json.dumps(plain))
         _hollow(held)
         self._parked.add(index)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file cannot hold two names of one memory."""
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
 
 def _items(held: Any) -> Iterator[tuple[Any, Any]]:

@@ -142,7 +142,7 @@ seed: -1
         ("model: m\npasses:\n- quantize.rtn: 4", "recipe.yaml:3: passes[0].quantize.rtn: 4: should be a mapping"),
         (ONE + "output: here", "recipe.yaml:4: output: 'here': should be a mapping"),
         (ONE + "calibration: {}", "recipe.yaml:4: calibration: missing key 'source' (allowed: answers, datasets"),
-        (ONE + "calibration: {source: ebss}", "'ebss' is not available in this version (allowed: answers"),
+        (ONE + "calibration: {source: ebss, tau: 0}", "calibration.tau: 0: should be greater than 0"),
         (ONE + "calibration: {source: answers}", "recipe.yaml:4: calibration: missing key 'files'"),
         (ONE + "calibration: {source: txt}", "calibration.source: no source 'txt'; did you mean 'text'?"),
         (ONE + "calibration: {source: [text]}", "calibration.source: no source '['text']'"),

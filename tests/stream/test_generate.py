@@ -95,13 +95,15 @@ def test_a_saved_cache_goes_on_bit_for_bit(tmp_path: Path) -> None:
         model = open_model(families.save_tiny(family, tmp_path / family))
         folder = tmp_path / f"{family}-cache"
         with growing(model, "streamed", folder) as grow:
-            assert grow.restore() is None
+            assert grow.restore("a") is None
             grow.begin(ids[:, :8])
             grow.extend(torch.tensor([2, 0, 1]), ids[:, 8])
-            grow.save({"step": 9})
+            grow.save("a", {"x": ids})
             want = grow.extend(torch.tensor([1, 1]), ids[:2, 9]).logprobs
         for _ in range(2):
             with growing(model, "streamed", folder) as grow:
-                assert grow.restore() == {"step": 9} and grow.ids.shape == (3, 9)
+                assert grow.restore("b") is None
+                kept = grow.restore("a")
+                assert kept is not None and torch.equal(kept["x"], ids) and grow.ids.shape == (3, 9)
                 found = grow.extend(torch.tensor([1, 1]), ids[:2, 9]).logprobs
                 assert torch.equal(found, want), family
