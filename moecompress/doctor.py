@@ -11,10 +11,10 @@ import torch
 
 from moecompress import ops
 from moecompress.fingerprint import versions
+from moecompress.memory import available_bytes
 from moecompress.report.text import data_size
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
-_MEMINFO = Path("/proc/meminfo")
 
 
 def doctor() -> dict[str, Any]:
@@ -35,9 +35,7 @@ def memory() -> dict[str, int | None]:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     text = _CGROUP.read_text().strip() if _CGROUP.is_file() else "max"
     limit = int(text) if text.isdecimal() and int(text) < total else None
-    rows = _MEMINFO.read_text().splitlines() if _MEMINFO.is_file() else []
-    available = next((int(row.split()[1]) << 10 for row in rows if row.startswith("MemAvailable:")), None)
-    return {"total": total, "limit": limit, "available": available}
+    return {"total": total, "limit": limit, "available": available_bytes()}
 
 
 def devices() -> list[dict[str, Any]]:

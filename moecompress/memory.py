@@ -6,9 +6,11 @@ import ctypes
 import os
 import resource
 import sys
+from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE = 1 << 20
+_MEMINFO = Path("/proc/meminfo")
 
 
 def return_freed_memory() -> bool:
@@ -39,11 +41,16 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def available_bytes() -> int | None:
+    """Memory that programs can still have without swapping (Linux); None where that is not known."""
+    try:
+        with _MEMINFO.open(encoding="ascii") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
 def fits_in_memory(weights: int) -> bool:
     """Whether a model of `weights` bytes can be loaded whole, converted to float32 where it is not packed."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        return weights < 1 << 30
-    return 3 * weights < free
+    free = available_bytes()
+    return weights < 1 << 30 if free is None else 3 * weights < free

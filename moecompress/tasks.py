@@ -22,6 +22,7 @@ from moecompress.errors import CheckpointError, MachineError, RecipeError, messa
 from moecompress.evalstore import SAMPLES, as_json, compare_rows, update_evaluation, write_rows
 from moecompress.evaluate import BACKEND
 from moecompress.fingerprint import PACKAGES, versions
+from moecompress.memory import available_bytes
 from moecompress.progress import NoProgress, Progress
 from moecompress.tasknames import is_file_name, task_problems
 from moecompress.taskresults import TaskResults, collect
@@ -85,11 +86,7 @@ def open_in_memory(root: Path, device: str) -> tuple[Any, Any]:
 
 def fits(root: Path) -> bool:
     """Whether the weights of a directory fit into the memory that is free now (yes where that is not known)."""
-    try:
-        rows = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return True
-    free = next((int(row.split()[1]) << 10 for row in rows if row.startswith("MemAvailable:")), None)
+    free = available_bytes()
     return free is None or open_index(root).total_bytes <= free
 
 

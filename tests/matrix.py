@@ -63,7 +63,7 @@ def attempt(steps: Sequence[Any], model: Path, folder: Path) -> Outcome:
     """
     folder.mkdir()
     calibration = engine.token_calibration(folder, IDS)
-    kind = "native" if any(name.startswith("quantize.") for step in steps for name in step) else "dense"
+    kind = "native" if any(name.startswith("quantize.") for step in steps for name in step) else "auto"
     path = engine.write_recipe(folder, model, steps, calibration=calibration, output={"format": kind})
     recipe = load_recipe(path)
     problems = make_plan(recipe).problems
@@ -78,10 +78,11 @@ def attempt(steps: Sequence[Any], model: Path, folder: Path) -> Outcome:
 
 
 def reason(problem: str) -> str:
-    """A problem of the plan without its place in the recipe, the layer, and what to do next."""
+    """A problem of the plan without its place in the recipe and the layer."""
     text = re.sub(r"^\S*recipe\.yaml:\d+: ", "", problem)
     text = re.sub(r"^[a-z_.]+: (layer \d+: )?", "", text)
-    return re.sub(r"layer \d+|layers\.\d+", "a layer", text.partition(" Next: ")[0]).rstrip(". ")
+    found, _, then = re.sub(r"layer \d+|layers\.\d+", "a layer", text).partition(". Next: ")
+    return f"{found}; {then}" if then else found
 
 
 def kept() -> dict[str, Any]:

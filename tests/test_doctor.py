@@ -30,7 +30,7 @@ def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pyt
     limit, info = tmp_path / "memory.max", tmp_path / "meminfo"
     info.write_text("MemTotal: 9 kB\nMemAvailable:    2048 kB\n")
     monkeypatch.setattr(room, "_CGROUP", limit)
-    monkeypatch.setattr(room, "_MEMINFO", info)
+    monkeypatch.setattr("moecompress.memory._MEMINFO", info)
     for text, expected in (("max\n", None), ("1048576\n", 1048576), (str(2**62), None)):
         limit.write_text(text)
         assert room.memory()["limit"] == expected and room.memory()["available"] == 2048 * 1024
