@@ -18,6 +18,7 @@ import families
 import torch
 
 from moecompress import load, registry
+from moecompress.errors import RecipeError
 from moecompress.plan import make_plan
 from moecompress.recipe import load_recipe
 from moecompress.run import run
@@ -66,10 +67,14 @@ def attempt(steps: Sequence[Any], model: Path, folder: Path) -> Outcome:
     kind = "native" if any(name.startswith("quantize.") for step in steps for name in step) else "auto"
     path = engine.write_recipe(folder, model, steps, calibration=calibration, output={"format": kind})
     recipe = load_recipe(path)
-    problems = make_plan(recipe).problems
-    if problems:
+    try:
+        out = run(recipe)
+    except RecipeError:
+        problems = make_plan(recipe).problems
+        if not problems:  # it came from later on
+            raise
         return Outcome("; ".join(dict.fromkeys(reason(problem) for problem in problems)))
-    loaded: Any = load(run(recipe))
+    loaded: Any = load(out)
     with torch.no_grad():
         logits = loaded(input_ids=IDS[:1], use_cache=False).logits
         made = loaded.generate(IDS[:1, :8], max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)

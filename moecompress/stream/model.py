@@ -66,7 +66,7 @@ class StreamModel:
         skeleton = self.skeleton if other is None else other.skeleton
         layer = skeleton.get_submodule(self.layers_name)[weights.index]
         site = self.facts.layers[weights.index].site
-        if other is not None or site is None or site.num_experts == weights.choices:
+        if other is not None or site is None or weights.choices in (0, site.num_experts):  # 0: the router alone
             return layer  # type: ignore[no-any-return]
         key = (weights.index, weights.choices)
         if key not in self.single:

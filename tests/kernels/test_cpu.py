@@ -112,7 +112,9 @@ def test_records_come_back_byte_for_byte() -> None:
 def test_experts_may_share_a_record() -> None:
     packed = layers.experts([MIXED[0], MIXED[1]])
     slot_map = packed.slot_map[[0, 1, 0]]
-    shared = layers.Packed(replace(packed.layer, experts=3), packed.records, slot_map, [], packed.weights + packed.weights[:1])
+    shared = layers.Packed(
+        replace(packed.layer, experts=3), packed.records, slot_map, [], packed.weights + packed.weights[:1]
+    )
     inputs = layers.routing(6, 3, 2, 64, F32)
     assert layers.error(run(shared, inputs), layers.oracle(shared, *inputs)) <= LIMIT[F32]
     sizes = [cpu.prepare(p.layer, p.records, p.slot_map, [])[0].numel() for p in (packed, shared)]

@@ -17,7 +17,7 @@ from moecompress.stats.routing import RoutingCounts, TokenSample
 from moecompress.stream.collect import Collector
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.stream.streams import TokenRun, run_layer
-from moecompress.types import MoESite
+from moecompress.types import LayerWeights, MoESite
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "gemma4_text", "nemotron_h", "ernie4_5_moe", "granitemoe")
 IDS = engine.random_ids(9, 12)
@@ -154,3 +154,9 @@ def test_one_statistic_per_name(tmp_path: Path) -> None:
     site = last_site(open_model(families.save_tiny("qwen3_moe", tmp_path)))[1]
     with pytest.raises(ValueError, match="token_sample"):
         Collector(site, (TokenSample(4), TokenSample(8)))
+
+
+def test_weights_without_experts_are_for_the_layers_own_module(tmp_path: Path) -> None:
+    """Passes that look at a router alone read a layer without its experts."""
+    model = open_model(families.save_tiny("deepseek_v3", tmp_path / "model"))
+    assert model.module_of(LayerWeights(2, model.read_tensors(2))) is model.layers[2]
