@@ -48,9 +48,7 @@ class Dispatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.observer: ExpertObserver | None = None
-        self.sharing: Tensor | None = (
-            None  # int64 [ids + 1], where ids share experts: id -> place in weights; last: skip
-        )
+        self.sharing: Tensor | None = None  # int64 [ids + 1], where ids share experts: id -> place; the last: skip
         self.gate: Gate | None = None
         self.attention: Tensor | None = None  # [B, T], received by the tokens of this call; for gates that protect
         self.kept: Tensor | None = None  # [T, K] of the last call with a gate: 1 where a slot stayed

@@ -210,6 +210,7 @@ def _row(
         "experts_after": len(result.weights.experts),
         "router": router,
         "output_error": error,
+        "notes": {key: value for said in _all_said(job, index) for key, value in said.get("layer", {}).items()},
         "experts": rows,
     }
 
@@ -245,8 +246,12 @@ def _said(job: Job, position: int, index: int) -> Mapping[str, Any]:
 
 def _aligned(job: Job, index: int) -> list[Mapping[str, Any]]:
     """What the passes' decisions say about this layer's router (key `router`)."""
-    said = (_said(job, position, index) for position in range(len(job.passes)))
-    return [data["router"] for data in said if "router" in data]
+    return [data["router"] for data in _all_said(job, index) if "router" in data]
+
+
+def _all_said(job: Job, index: int) -> list[Mapping[str, Any]]:
+    """What every pass's decision says about one layer."""
+    return [_said(job, position, index) for position in range(len(job.passes))]
 
 
 def _notes(job: Job, index: int) -> dict[int, dict[str, Any]]:
@@ -254,8 +259,7 @@ def _notes(job: Job, index: int) -> dict[int, dict[str, Any]]:
     notes: dict[int, dict[str, Any]] = {}
     site = job.model.facts.layers[index].site
     sources = list(range(site.num_experts)) if site is not None else []
-    for position in range(len(job.passes)):
-        data = _said(job, position, index)
+    for data in _all_said(job, index):
         for expert, note in data.get("experts", {}).items():
             notes.setdefault(sources[int(expert)], {}).update(note)
         if "kept" in data:

@@ -147,6 +147,7 @@ class LayerInfo(_Part):
     experts_after: int | None = None
     router: RouterInfo = RouterInfo()
     output_error: float | None = None
+    notes: dict[str, JsonValue] = {}  # what passes say about the layer (merging: how much was taken over)
     experts: tuple[ExpertInfo, ...] = ()
 
 
