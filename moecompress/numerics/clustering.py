@@ -34,11 +34,12 @@ def cosine_from_gram(gram: Tensor, centred: bool = False) -> Tensor:
 
 def spectral_clusters(similarity: Tensor, count: int, seed: int = 0, restarts: int = 10) -> Tensor:
     """`count` clusters of similarity [N, N] in [0, 1] (Ng, Jordan and Weiss): the rows of the leading eigenvectors of
-    D^-1/2 S D^-1/2 without self-similarity, brought to length 1, by k-means. Deterministic for a seed.
+    D^-1/2 S D^-1/2, brought to length 1, by k-means. Deterministic for a seed.
 
-    Raises ValueError for a count outside 1..N.
+    Self-similarity stays in: a matrix of (1 + cosine) / 2 is positive semi-definite then, and directions in which
+    copies differ have the eigenvalue 0, so that copies fall together. Raises ValueError for a count outside 1..N.
     """
-    affinity = similarity.double().clone().fill_diagonal_(0).numpy()
+    affinity = similarity.double().numpy()
     number = len(affinity)
     _check_count(count, number)
     if count == number:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moecompress.errors import UnsupportedModel, message
 from moecompress.numerics.grids import dequantize
 from moecompress.types import ExpertWeights, QuantizedTensor, Weight
 
@@ -44,7 +45,12 @@ class Neurons(NamedTuple):
 
 
 def neurons_of(expert: ExpertWeights, gated: bool, concatenated: bool) -> Neurons:
-    """The neurons of an expert in canonical layout. gated, concatenated: as in MoESite."""
+    """The neurons of an expert in canonical layout. gated, concatenated: as in MoESite.
+
+    Raises UnsupportedModel for an expert whose inputs are turned into another basis.
+    """
+    if expert.gate_up_turn is not None or expert.down_turn is not None:
+        raise UnsupportedModel(message("experts", "are rotated already", then="merge or prune before rotate.*"))
     bias = expert.gate_up_bias
     split = None if bias is None else _split(bias.float()[:, None], gated, concatenated)[:, :, 0]
     return Neurons(_split(_dense(expert.gate_up), gated, concatenated), split, _dense(expert.down).T.contiguous())

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moecompress.arch.quirks import routing_groups, scoring, top_k
-from moecompress.arch.sites import expert_dims, find_layers, find_site, quantizable_linears, role_of
+from moecompress.arch.sites import find_layers
 from moecompress.arch.surgery import resize_experts, resized_facts, resized_layer
-from moecompress.checkpoint.index import CheckpointIndex, main_dtype, open_index
+from moecompress.checkpoint.index import CheckpointIndex, open_index
 from moecompress.checkpoint.native import decode, decode_linear
 from moecompress.checkpoint.native_check import check_records, comes_from_native, is_native_tensor
 from moecompress.checkpoint.native_config import NativeConfig
@@ -26,6 +25,7 @@ from moecompress.errors import CheckpointError, NotFinite, UnsupportedModel, mes
 from moecompress.gate import Gate
 from moecompress.stream.agreement import check_agreement
 from moecompress.stream.expert_source import ExpertReader, ExpertSource, expert_source
+from moecompress.stream.facts import checkpoint_facts
 from moecompress.stream.mapping import KeyMap, assemble, build_key_map
 from moecompress.stream.skeleton import build_skeleton, load_config, read_config_json, replace_experts
 from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, Weight
@@ -229,7 +229,7 @@ def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
     plain = [name for name in reader.names() if native is None or not is_native_tensor(native, name)]
     key_map = build_key_map(skeleton, plain)
     tied = dict(getattr(skeleton, "all_tied_weights_keys", {}) or {})
-    facts = _facts(root, config, raw, skeleton, layers_name, layers, index, native)
+    facts = checkpoint_facts(root, config, raw, skeleton, layers_name, layers, index)
     sources = {
         layer.index: expert_source(f"{layer.name}.{layer.site.experts}", layer.site, key_map)
         for layer in facts.moe_layers
@@ -282,53 +282,4 @@ def _quantization(
             "unquantized, FP8 with weight_block_size, or moecompress's native and portable formats",
             "start from the original checkpoint",
         )
-    )
-
-
-def _facts(
-    root: Path,
-    config: Any,
-    raw: Mapping[str, Any],
-    skeleton: Any,
-    layers_name: str,
-    layers: nn.ModuleList,
-    index: CheckpointIndex,
-    native: NativeConfig | None,
-) -> ModelFacts:
-    text = config.get_text_config()
-    per_token = top_k(text) or top_k(config)
-    if per_token is None:
-        raise UnsupportedModel(
-            message(str(root / "config.json"), "no number of experts per token", "e.g. num_experts_per_tok")
-        )
-    groups, chosen = routing_groups(text)
-    made = []
-    for position, layer in enumerate(layers):
-        name = f"{layers_name}.{position}"
-        site = find_site(layer, name, text.model_type, per_token)
-        if site is not None:
-            site = replace(site, groups=groups, top_groups=chosen)
-        if site is not None and site.num_experts < per_token:
-            found = f"{per_token} experts per token"
-            raise CheckpointError(
-                message(str(root / "config.json"), found, f"at most {site.num_experts}, all there are")
-            )
-        shapes = {
-            key: tuple(value.shape)
-            for key, value in layer.state_dict().items()
-            if site is None or not key.startswith(site.experts + ".")
-        }
-        roles = {key: role_of(key, site, shape) for key, shape in shapes.items()}
-        linears = quantizable_linears(layer, site)
-        made.append(LayerFacts(position, name, site, roles, shapes, linears, expert_dims(shapes, site)))
-    return ModelFacts(
-        model_type=config.model_type,
-        architecture=type(skeleton).__name__,
-        hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
-        dtype=main_dtype(index),
-        layers=tuple(made),
-        source_bytes=index.total_bytes,
-        config=raw,
-        scoring=scoring(text),
     )

@@ -197,7 +197,7 @@ def test_the_heavy_one_decides_a_cluster_and_dead_neurons_stay() -> None:
         assert (found.flat() - close.flat()).norm() < 0.1 * (
             far.flat() - close.flat()
         ).norm() + 0.05 * close.flat().norm()
-    dead = kept.take(torch.arange(I))
+    dead = kept.take(torch.arange(WIDTH))
     dead.inputs[3], dead.outputs[3] = 0, 0
     found = rebuilt(dead, dead.take(torch.tensor([3, 4])), 1.0, torch.ones(2), Rule())
     assert bool(found.flat().isfinite().all()) and float(found.flat()[3].abs().max()) == 0
