@@ -6,10 +6,11 @@ No tensor is read. All problems are collected, so that one look at the plan is e
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moecompress.actions import tensor_actions
 from moecompress.allocated import allocation_of, allocation_problems, reworded, with_allocation
 from moecompress.calib.estimate import generation_problems
 from moecompress.calib.sources import required_files, resolve_text
@@ -22,11 +23,11 @@ from moecompress.portable import portable_problems
 from moecompress.recipe import Recipe
 from moecompress.reshaped import reshape
 from moecompress.stream.foldable import with_structure
-from moecompress.stream.inventory import Owner, owners
+from moecompress.stream.inventory import owners
 from moecompress.stream.locate import locate_model
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.tasknames import memory_problems, task_problems
-from moecompress.types import PROJECTIONS, ModelFacts, Scheme
+from moecompress.types import ModelFacts, Scheme
 from moecompress.writing import Format
 
 BATCH_TOKENS = 4096
@@ -82,7 +83,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     if memory is not None and cost.peak_bytes > memory:
         passes = tuple(step.lighter(model.facts, cost.peak_bytes - memory) for step in passes)
         cost = cost_of(passes)
-    actions = _actions(model, owned, schemes, output, remaining_shares(model, stages[-1]), reshaped.dropped)
+    actions = tensor_actions(model, owned, schemes, output, remaining_shares(model, stages[-1]), reshaped.dropped)
     allocation = allocation_of(passes)
     problems += allocation_problems(passes) + gate_problems(passes)
     if allocation is not None:
@@ -250,55 +251,3 @@ def _resource_problems(recipe: Recipe, cost: Estimate, memory: int | None) -> li
             )
         )
     return problems
-
-
-def _actions(
-    model: StreamModel,
-    owned: Mapping[str, Owner],
-    schemes: Mapping[int, Mapping[str, Scheme]],
-    output: Format,
-    shares: Mapping[str, tuple[int, int]],
-    dropped: Collection[str],
-) -> dict[str, str]:
-    """What happens to every checkpoint tensor, in words that the plan prints."""
-    bits: dict[str, str] = {}
-    for layer in model.facts.layers:
-        chosen = schemes[layer.index]
-        source = model.expert_sources.get(layer.index)
-        for projection in PROJECTIONS:
-            if source is not None and projection in chosen:
-                for key in source.projections[projection].assembly.keys:
-                    bits[key] = _describe(chosen[projection], output)
-        for name, scheme in chosen.items():
-            assembly = model.key_map.assemblies.get(f"{layer.name}.{name}")
-            for key in assembly.keys if assembly else ():
-                bits[key] = _describe(scheme, output)
-    plain = set(model.reader.names())
-    actions = {}
-    for key in owned:
-        fewer = f"keep {shares[key][0]} of {shares[key][1]} {_unit(model, shares[key][1])}" if key in shares else None
-        if key in dropped:
-            actions[key] = "drop"
-        elif key not in plain:
-            actions[key] = "consume (FP8 scale)"
-        elif key in bits:
-            actions[key] = f"{fewer}, {bits[key]}" if fewer else bits[key]
-        elif fewer:
-            actions[key] = fewer
-        else:
-            same = model.reader.logical_dtype(key) == model.index.tensors[key].dtype
-            actions[key] = "copy" if same else "dequantize to bfloat16"
-    return actions
-
-
-def _unit(model: StreamModel, count: int) -> str:
-    sizes = {layer.site.num_experts for layer in model.facts.moe_layers if layer.site is not None}
-    return "experts" if count in sizes else "rows"
-
-
-def _describe(scheme: Scheme, output: Format) -> str:
-    group = "per channel" if scheme.group_size == -1 else f"group {scheme.group_size}"
-    kind = "binary" if scheme.binary else "symmetric" if scheme.symmetric else "asymmetric"
-    rounded = ", written dense" if output == "dense" else ""
-    inputs = "" if scheme.activation == "none" else f", inputs {scheme.activation}"
-    return f"quantize {scheme.bits}-bit {kind}, {group}{inputs}{rounded}"

@@ -22,6 +22,7 @@ LAYERS = (
     (
         "recipe",
         "registry",
+        "actions",
         "reshaped",
         "fingerprint",
         "rundir",
