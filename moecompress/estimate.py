@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moecompress.calib.estimate import generation_cost
+from moecompress.calib.balance import pool_rows
+from moecompress.calib.estimate import all_costs
 from moecompress.checkpoint.native import plan_record
 from moecompress.memory import resident_bytes
 from moecompress.numerics.grids import stored_bits
@@ -64,7 +65,7 @@ def estimate(
 
     Uses the process's present memory as the base, so transformers should be imported by now.
     """
-    tokens = [spec.samples * spec.length for spec in recipe.calibration.values()] + [probe_tokens]
+    tokens = [pool_rows(spec) * spec.length for spec in recipe.calibration.values()] + [probe_tokens]
     lengths = [spec.length for spec in recipe.calibration.values()] + [probe_tokens]
     hidden = model.facts.hidden_size
     pairs = any(
@@ -73,7 +74,7 @@ def estimate(
     stores = (4 + pairs) * 4 * hidden * sum(tokens)  # two streams, two generations, float32
     facts = facts or model.facts
     component, out_bytes = _component_bytes(model, owned, schemes, output, facts, dropped)
-    generated = [cost for spec in recipe.calibration.values() if (cost := generation_cost(spec, model)) is not None]
+    generated = [cost for spec in recipe.calibration.values() for cost in all_costs(spec, model)]
     parts = _peak_parts(
         model, schemes, output, statistics, min(batch_tokens, max(tokens)), max(lengths), [c.parts for c in generated]
     )

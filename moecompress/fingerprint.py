@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moecompress.calib.mix import part_specs
 from moecompress.checkpoint.header import MAX_HEADER
 from moecompress.recipe import Recipe, recipe_data
 
@@ -24,7 +25,8 @@ def fingerprint(recipe: Recipe, source: Path) -> dict[str, Any]:
 
     source: the local directory of the model's checkpoint.
     """
-    texts = [Path(file) for spec in recipe.calibration.values() for file in spec.files or ()]
+    sources = [one for spec in recipe.calibration.values() for one in part_specs(spec) or (spec,)]
+    texts = [Path(file) for one in sources for file in one.files or ()]
     return {
         "recipe": recipe_data(recipe),
         "source": {path.name: file_facts(path) for path in sorted(source.iterdir()) if path.is_file()},

@@ -13,6 +13,7 @@ from typing import Any
 from moecompress.actions import tensor_actions
 from moecompress.allocated import allocation_of, allocation_problems, reworded, with_allocation
 from moecompress.calib.estimate import generation_problems
+from moecompress.calib.mix import part_specs
 from moecompress.calib.sources import required_files, resolve_text
 from moecompress.errors import MoecompressError, UnsupportedModel, message
 from moecompress.estimate import Estimate, estimate, remaining_shares
@@ -178,12 +179,13 @@ def _calibration_problems(recipe: Recipe, model: StreamModel, root: Path) -> lis
 
     problems = []
     for name, spec in recipe.calibration.items():
-        if spec.source not in ("text", "jsonl", "tokens", "answers"):
-            continue
-        try:
-            required_files(spec, f"calibration '{name}'")
-        except MoecompressError as error:
-            problems.append(str(error))
+        for one in part_specs(spec) or (spec,):
+            if one.source not in ("text", "jsonl", "tokens", "answers"):
+                continue
+            try:
+                required_files(one, f"calibration '{name}'")
+            except MoecompressError as error:
+                problems.append(str(error))
     for name, spec in recipe.calibration.items():
         problems += generation_problems(spec, model, f"calibration '{name}'")
     texts = [spec for spec in recipe.calibration.values() if spec.source != "tokens"]

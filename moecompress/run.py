@@ -177,7 +177,7 @@ def _token_sets(job: Job, progress: Progress) -> list[TokenSet]:
                 workshop=workshop,
             )
         )
-        if spec.source in GENERATED:  # it had stages of its own
+        if spec.source in (*GENERATED, "mix") or spec.balance is not None:  # it may have had stages of its own
             progress.stage("calibration", len(sources) + 1, len(made) - 1)
         progress.step(f"{name}: {made[-1].ids.shape[0]} x {made[-1].ids.shape[1]} tokens")
     ids = torch.randint(0, facts.vocab_size, (1, PROBE_TOKENS), generator=seeded(0, PROBE, 0)())

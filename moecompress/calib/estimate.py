@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from math import ceil
 
 from moecompress.arch.quirks import RECOMPUTED, UNPARKED
+from moecompress.calib.balance import pool_rows
+from moecompress.calib.mix import part_specs
 from moecompress.calib.options import AnswersOptions, EbssOptions, Generation
-from moecompress.calib.spec import CalibrationSource
+from moecompress.calib.spec import CalibrationSource, with_samples
 from moecompress.errors import message
 from moecompress.progress import duration
 from moecompress.stream.model import StreamModel
@@ -38,8 +40,18 @@ class _Work:
     steps: int
 
 
+def all_costs(spec: CalibrationSource, model: StreamModel) -> list[Cost]:
+    """What has to be generated for a set, part by part, and the pass over a pool."""
+    whole = spec if spec.balance is None else with_samples(spec, pool_rows(spec))
+    costs = [cost for one in (part_specs(whole) or (whole,)) if (cost := generation_cost(one, model)) is not None]
+    if spec.balance is not None:
+        tokens = pool_rows(spec) * spec.length
+        costs.append(Cost(2 * active_weights(model.facts) * tokens / matmul_rate(), 0, {}))
+    return costs
+
+
 def generation_cost(spec: CalibrationSource, model: StreamModel) -> Cost | None:
-    """The cost of a source that runs the model; None for the others."""
+    """The cost of a source that generates; None for the others."""
     options = spec.options
     if not isinstance(options, Generation):
         return None
@@ -63,7 +75,12 @@ def generation_cost(spec: CalibrationSource, model: StreamModel) -> Cost | None:
 
 
 def generation_problems(spec: CalibrationSource, model: StreamModel, where: str) -> list[str]:
-    """Why this source cannot generate with this model, on this machine, or not in reasonable time."""
+    """Why this set cannot be generated with this model, on this machine, or not in reasonable time."""
+    whole = spec if spec.balance is None else with_samples(spec, pool_rows(spec))
+    return [text for one in (part_specs(whole) or (whole,)) for text in _problems(one, model, where)]
+
+
+def _problems(spec: CalibrationSource, model: StreamModel, where: str) -> list[str]:
     cost, options, facts = generation_cost(spec, model), spec.options, model.facts
     if cost is None:
         return []

@@ -105,3 +105,20 @@ class EbssOptions(Generation):
         if self.settings().scope == "corpus":
             return self.batch or 32
         return super().rows_at_once(samples)
+
+
+class Balance(Options):
+    """Rows chosen for their routing from a pool of `pool` times `samples` rows.
+
+    Every expert gets min(available, ratio * k * length / experts) tokens of the rows that passes train on (EAQuant's
+    rule), with more rows than `samples` where that takes them and `grow` is on. fill: the other rows, as `drawn`, or
+    those that make the experts' use `even`. coverage: share of all experts that must get the rule's tokens; what
+    happens otherwise is `short`: a line in the report, or an error.
+    """
+
+    ratio: float = Field(2.0, gt=0)
+    pool: float = Field(4.0, ge=1)
+    grow: bool = True
+    fill: Literal["drawn", "even"] = "drawn"
+    coverage: float = Field(1.0, ge=0, le=1)
+    short: Literal["report", "error"] = "report"

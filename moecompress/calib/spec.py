@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from string import Formatter
 from typing import Any, Protocol
@@ -73,14 +73,21 @@ class SourceSpec:
     balance: Any = None
 
 
+def with_samples(spec: CalibrationSource, samples: int) -> SourceSpec:
+    """The same source with another number of rows, all of them as they come."""
+    same = {item.name: getattr(spec, item.name) for item in fields(SourceSpec)}
+    return SourceSpec(**{**same, "samples": samples, "balance": None})
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Token rows of a source: ids int64 [N, T], where they come from (JSON-able), and which tokens passes may see
-    (bool [N, T]; None = all)."""
+    """Token rows of a source: ids int64 [N, T], where they come from (JSON-able), which tokens passes may see
+    (bool [N, T]; None = all), and which rows are held out (None = the usual share)."""
 
     ids: Tensor
     origin: Mapping[str, Any]
     selected: Tensor | None = None
+    heldout: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

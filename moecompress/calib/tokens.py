@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from moecompress.calib.answers import make_answers
+from moecompress.calib.balance import balanced, pool_rows
 from moecompress.calib.cache import cache_key, cache_read, cache_write, digest_of
 from moecompress.calib.ebss import make_ebss
 from moecompress.calib.manifest import check_digest, load_manifest
+from moecompress.calib.mix import mixed
 from moecompress.calib.sources import read_documents, required_files
-from moecompress.calib.spec import CalibrationSource, Documents, Rows, content_hash
+from moecompress.calib.spec import CalibrationSource, Documents, Rows, content_hash, with_samples
 from moecompress.calib.tokenizer import tokenizer_hash
 from moecompress.calib.workshop import Workshop
 from moecompress.errors import CalibrationError, message
@@ -49,13 +51,34 @@ def build_token_set(
     """
     where = f"calibration '{name}'"
     _check_sizes(spec, where)
-    rows = _rows(spec, tokenizer, cache_dir, where, workshop)
+    rows = _pooled(spec, tokenizer, cache_dir, where, workshop)
     top = int(rows.ids.max())
     if top >= vocab_size or int(rows.ids.min()) < 0:
         found = f"token id {top if top >= vocab_size else int(rows.ids.min())}"
         then = "use the tokenizer (or the token file) of this very model"
         raise CalibrationError(message(where, found, f"0 to {vocab_size - 1} (the model's vocabulary)", then))
-    return make_token_set(name, rows.ids, rows.origin, heldout=spec.heldout, selected=rows.selected)
+    apart = heldout_rows(rows.ids.shape[0], spec.heldout) if rows.heldout is None else rows.heldout
+    ids = rows.ids.to(torch.int64).contiguous()
+    return TokenSet(name, ids, dict(rows.origin), digest_of(ids), apart, rows.selected)
+
+
+def _pooled(
+    spec: CalibrationSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    cache_dir: Path | None,
+    where: str,
+    workshop: Workshop | None,
+) -> Rows:
+    """The rows as the source gives them, or those that `balance` chooses from a larger pool."""
+    if spec.balance is None:
+        return _rows(spec, tokenizer, cache_dir, where, workshop)
+    if workshop is None:
+        raise CalibrationError(message(where, "`balance` needs the model", then="pass a workshop"))
+    count = pool_rows(spec)
+    shown = f"{where}, pool of {count} rows for `balance`"
+    pool = _rows(with_samples(spec, count), tokenizer, cache_dir, shown, workshop)
+    held = len(heldout_rows(spec.samples, spec.heldout))
+    return balanced(pool, spec, held, where, workshop)
 
 
 def _rows(
@@ -65,6 +88,8 @@ def _rows(
     where: str,
     workshop: Workshop | None,
 ) -> Rows:
+    if spec.source == "mix":
+        return mixed(spec, where, lambda part, at: _rows(part, tokenizer, cache_dir, at, workshop))
     if spec.source == "tokens":
         return Rows(*_token_file(spec, where))
     if spec.source not in GENERATED:
@@ -75,12 +100,10 @@ def _rows(
     return make(spec, tokenizer, where, workshop)
 
 
-def make_token_set(
-    name: str, ids: Tensor, origin: Mapping[str, Any], *, heldout: float, selected: Tensor | None = None
-) -> TokenSet:
+def make_token_set(name: str, ids: Tensor, origin: Mapping[str, Any], *, heldout: float) -> TokenSet:
     """A token set of ids [N, T] with its digest and a `heldout` fraction of its rows set apart."""
     ids = ids.to(torch.int64).contiguous()
-    return TokenSet(name, ids, dict(origin), digest_of(ids), heldout_rows(ids.shape[0], heldout), selected)
+    return TokenSet(name, ids, dict(origin), digest_of(ids), heldout_rows(ids.shape[0], heldout))
 
 
 def heldout_rows(count: int, fraction: float) -> tuple[int, ...]:

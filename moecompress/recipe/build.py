@@ -12,10 +12,10 @@ from pydantic import BaseModel, SerializeAsAny
 
 from moecompress.calib.options import Options
 from moecompress.errors import RecipeError, message, suggest
+from moecompress.recipe.calibration import CALIBRATION_SOURCES
 from moecompress.recipe.overrides import with_override
 from moecompress.recipe.source import is_map_of_sets, read_tree
 from moecompress.recipe.specs import (
-    CALIBRATION_SOURCES,
     SECTIONS,
     CalibrationSpec,
     EvaluateSpec,

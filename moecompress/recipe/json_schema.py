@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from moecompress.recipe.specs import CALIBRATION_SOURCES, EvaluateSpec, OutputSpec, RecipeHead
+from moecompress.recipe.calibration import CALIBRATION_SOURCES
+from moecompress.recipe.specs import EvaluateSpec, OutputSpec, RecipeHead
 from moecompress.registry import pass_class, pass_names
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
-from moecompress.calib.options import AnswersOptions, EbssOptions, Options
+from moecompress.calib.options import Balance, Options
 from moecompress.sizes import parse_size
 
 Text = Annotated[str, Field(min_length=1)]
-Files = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 class Spec(BaseModel):
@@ -25,8 +22,8 @@ class CalibrationSpec(Spec):
     """One token set: where its text comes from, how many sequences, how long, how they are drawn.
 
     heldout: fraction of the sequences that no pass trains on (errors are measured there). The keys behind it
-    belong to single sources (`CALIBRATION_SOURCES`) and are None, or their default, for the others; `options` holds
-    those of sources that run the model.
+    belong to single sources (`recipe.calibration`) and are None, or their default, for the others; `options` holds
+    those of sources that run the model, and a mixture's parts. balance: how rows are chosen for their routing.
     """
 
     source: str
@@ -42,83 +39,7 @@ class CalibrationSpec(Spec):
     revision: str | None = None
     manifest: str | None = None
     options: SerializeAsAny[Options] | None = None
-    balance: SerializeAsAny[Options] | None = None
-
-
-class _Source(Spec):
-    """Keys of every source. The subclasses say what a recipe may write; passes see a `CalibrationSpec`."""
-
-    source: str
-    samples: int = Field(128, ge=1)
-    length: int = Field(512, ge=2)
-    seed: int = Field(0, ge=0)
-    heldout: float = Field(0.125, ge=0, lt=1)
-
-
-class TextSource(_Source):
-    """Plain text files."""
-
-    source: Literal["text"]
-    files: Files
-
-
-class JsonlSource(_Source):
-    """One JSON object per line; `field` names the text, or is a template such as "{question} {answer}"."""
-
-    source: Literal["jsonl"]
-    files: Files
-    field: Text = "text"
-
-
-class DatasetsSource(_Source):
-    """For the `datasets` library: a hub id (pin `revision`), a local directory, or a format with `files`."""
-
-    source: Literal["datasets"]
-    name: Text
-    config: Text | None = None
-    split: Text = "train"
-    field: Text = "text"
-    revision: Text | None = None
-    files: Files | None = None
-
-
-class ManifestSource(_Source):
-    """A calibration manifest: a shipped name or the path of a file."""
-
-    source: Literal["manifest"]
-    manifest: Text
-
-
-class TokensSource(_Source):
-    """Ready tokens: one safetensors file with an integer tensor [N, T]."""
-
-    source: Literal["tokens"]
-    files: Annotated[tuple[Text, ...], Field(min_length=1, max_length=1)]
-
-
-class AnswersSource(_Source, AnswersOptions):
-    """Prompts and the model's own replies."""
-
-    source: Literal["answers"]
-
-
-class EbssSource(_Source, EbssOptions):
-    """Texts that the model samples from itself."""
-
-    source: Literal["ebss"]
-
-
-CALIBRATION_SOURCES: Mapping[str, type[Spec]] = MappingProxyType(
-    {
-        "text": TextSource,
-        "jsonl": JsonlSource,
-        "datasets": DatasetsSource,
-        "manifest": ManifestSource,
-        "tokens": TokensSource,
-        "answers": AnswersSource,
-        "ebss": EbssSource,
-    }
-)
+    balance: Balance | None = None
 
 
 class OutputSpec(Spec):

@@ -49,6 +49,31 @@ class RoutingCounts(Statistic):
 
 
 @dataclass(frozen=True)
+class RoutingBySequence(Statistic):
+    """How often each sequence chooses each expert; skipped slots do not count.
+
+    sequences N, length T: of the token set, whose rows are numbered sequence * T + place. tokens: int64 [N, E].
+    """
+
+    sequences: int
+    length: int
+
+    name: ClassVar[str] = "routing_by_sequence"
+    depends_on: ClassVar[frozenset[str]] = frozenset({"attention", "norms", "router"})
+    reduce: ClassVar[Mapping[str, Reduce]] = {"tokens": "sum"}
+
+    def init(self, site: MoESite) -> State:
+        return {"tokens": torch.zeros(self.sequences, site.num_experts, dtype=torch.int64)}
+
+    def observe_routing(self, state: State, seen: RoutingObservation) -> None:
+        total = state["tokens"]
+        count, experts = total.shape
+        ids, sequence = seen.ids.to(total.device), (seen.rows // self.length).to(total.device)
+        slots = sequence[:, None] * (experts + 1) + ids
+        total += torch.bincount(slots.flatten(), minlength=count * (experts + 1)).view(count, experts + 1)[:, :experts]
+
+
+@dataclass(frozen=True)
 class RoutedProbability(Statistic):
     """Sum over the tokens routed to each expert of its softmax probability over ALL experts: PMQ's weight (2410.06270).
 

@@ -106,9 +106,9 @@ seed: -1
     assert problems(write(text)) == [
         "recipe.yaml:1: model: 12: should be a valid string (put it in quotes)",
         f"recipe.yaml:2: recipe: unknown key 'pases'; did you mean 'passes'? (allowed: {head})",
-        "recipe.yaml:3: calibration.length: 1: should be greater than or equal to 2",
         "recipe.yaml:3: calibration: missing key 'files'; unknown key 'fils'; did you mean 'files'? "
-        "(allowed: files, heldout, length, samples, seed, source)",
+        "(allowed: balance, files, heldout, length, samples, seed, source)",
+        "recipe.yaml:3: calibration.length: 1: should be greater than or equal to 2",
         "recipe.yaml:5: passes[0].quantize.rtn.bits: 'four': should be a valid integer; 'four': should be a list",
         "recipe.yaml:5: passes[0].quantize.rtn.grid: 'msee' is not a choice here; did you mean 'mse'? "
         "(allowed: minmax, mse)",
