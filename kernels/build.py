@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,12 +63,12 @@ def compile_cpu(target: Path, extra: tuple[str, ...] = ()) -> None:
 
         def compile_one(name: str) -> None:
             own = _X86.get(name, []) if x86 else []
-            _call([*compiler, *flags, *own, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects[name])])
+            call([*compiler, *flags, *own, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects[name])])
 
         with ThreadPoolExecutor(max(1, min(len(objects), len(os.sched_getaffinity(0))))) as pool:
             list(pool.map(compile_one, objects))
         built = Path(folder) / "library.so"
-        _call([*compiler, "-shared", *extra, "-o", str(built), *map(str, objects.values()), "-pthread"])
+        call([*compiler, "-shared", *extra, "-o", str(built), *map(str, objects.values()), "-pthread"])
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copyfile(built, partial)
@@ -85,31 +85,36 @@ def cache_directory() -> Path:
 
 
 def cached_cpu() -> tuple[Path, str]:
-    """(library, how it came about): from the cache, or built now. Raises BuildError.
+    """(library, how it came about): from the cache, or built now. Raises BuildError."""
+    return cached_library("cpu.so", sources_hash(), compile_cpu, "CPU kernels (once, some seconds)")
+
+
+def cached_library(name: str, digest: str, build: Callable[[Path], None], what: str) -> tuple[Path, str]:
+    """The library `name` of these sources, made by `build` where it is not there. Raises BuildError.
 
     Processes that need it at the same time wait for the one that builds. A cache that cannot be written is not an
     error: the library is then built for this process only.
     """
-    folder = cache_directory() / sources_hash()
-    target = folder / "cpu.so"
+    folder = cache_directory() / digest
+    target = folder / name
     if target.is_file():
         return target, f"from the cache {folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
             if not target.is_file():
-                _say()
-                compile_cpu(target)
+                _say(what)
+                build(target)
         return target, f"built into the cache {folder}"
     except OSError as error:
-        _say()
-        private = Path(tempfile.mkdtemp(prefix="moecompress-kernels-")) / "cpu.so"
-        compile_cpu(private)
+        _say(what)
+        private = Path(tempfile.mkdtemp(prefix="moecompress-kernels-")) / name
+        build(private)
         return private, f"built for this process only, the cache {folder} cannot be written ({error.strerror})"
 
 
-def _say() -> None:
-    print("moecompress: compiling CPU kernels (once, some seconds)", file=sys.stderr, flush=True)
+def _say(what: str) -> None:
+    print(f"moecompress: compiling {what}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -121,7 +126,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _call(command: list[str]) -> None:
+def call(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

@@ -99,20 +99,23 @@ def linear(matrix: Weight) -> Packed:
     return Packed(ops.describe_layer([layout], 1), records, slots, [], [])
 
 
-def oracle(packed: Packed, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-    """The sum over slots in float64, one token and slot at a time; nothing is rounded on the way."""
+def oracle(packed: Packed, hidden: Tensor, ids: Tensor, gates: Tensor, middle: torch.dtype = torch.float64) -> Tensor:
+    """The sum over slots in float64, one token and slot at a time. Ids that are no expert's skip their slot.
+
+    Nothing is rounded on the way but what goes into `down`, to `middle`.
+    """
     assert packed.layer.activation is not None
     out = torch.zeros(hidden.shape, dtype=torch.float64)
     dense = [(values(e.gate_up), values(e.down)) for e in packed.weights]
     for token in range(len(hidden)):
         for slot, expert in enumerate(ids[token].tolist()):
-            if expert == len(dense):
+            if not 0 <= expert < len(dense):
                 continue
             up, down = dense[expert]
             inner = up @ hidden[token].double()
             if packed.biases:
                 inner = inner + packed.biases[0][expert].double()
-            inner = down @ ops.activate(packed.layer.activation, inner)
+            inner = down @ ops.activate(packed.layer.activation, inner).to(middle).double()
             if packed.biases:
                 inner = inner + packed.biases[1][expert].double()
             out[token] += gates[token, slot].double() * inner

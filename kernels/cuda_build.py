@@ -1,0 +1,87 @@
+"""Compile the CUDA library with nvcc at first use, for the device at hand, into the cache. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from moecompress_kernels.build import SOURCES, BuildError, cached_library, call
+
+UNITS = ("cuda_repack", "cuda_sort", "cuda_decode", "cuda_prefill")
+ARCHITECTURES = ("80", "86", "89", "90a")
+FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden".split()
+
+
+def find_nvcc() -> list[str]:
+    """nvcc as a command: $NVCC, from the path, or below $CUDA_HOME or /usr/local/cuda. Raises BuildError."""
+    chosen = shlex.split(os.environ.get("NVCC", ""))
+    if chosen:
+        if shutil.which(chosen[0]) is None:
+            raise BuildError(f"the compiler that NVCC names, {chosen[0]}, does not exist")
+        return chosen
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    for name in ("nvcc", str(home)):
+        if (found := shutil.which(name)) is not None:
+            return [found]
+    raise BuildError("no nvcc found (NVCC names one; CUDA_HOME, /usr/local/cuda and the path were tried)")
+
+
+def targets(architectures: Sequence[str]) -> list[str]:
+    """Flags for code of these architectures. 80, 86 and 89 share their PTX, so nvcc reads the sources once for them.
+
+    The PTX of compute_80 is kept too: a device newer than the compiler translates it when it loads.
+    """
+    plain = [f"sm_{one}" for one in architectures if not one.startswith("9")]
+    flags = [f"arch=compute_80,code=[{','.join([*plain, 'compute_80'])}]"]
+    flags += [f"arch=compute_{one},code=sm_{one}" for one in architectures if one.startswith("9")]
+    return [word for flag in flags for word in ("-gencode", flag)]
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """The architecture in ARCHITECTURES whose code a device of this compute capability runs."""
+    number = 10 * capability[0] + capability[1]
+    if capability[0] == 9:
+        return "90a"
+    return next((one for one in ("89", "86", "80") if int(one) <= number and capability[0] == 8), "80")
+
+
+def sources_hash(architectures: Sequence[str]) -> str:
+    """16 hex digits of everything that decides what the library does."""
+    digest = hashlib.sha256(" ".join((*FLAGS, *architectures)).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".cu", ".cuh"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_cuda(target: Path, architectures: Sequence[str] = ARCHITECTURES) -> None:
+    """Build the library at `target`, whole or not at all, without torch. Raises BuildError."""
+    nvcc = find_nvcc()
+    with tempfile.TemporaryDirectory(prefix="moecompress-build-") as folder:
+        objects = {name: str(Path(folder) / f"{name}.o") for name in UNITS}
+
+        def compile_one(name: str) -> None:
+            call([*nvcc, *FLAGS, *targets(architectures), "-c", str(SOURCES / f"{name}.cu"), "-o", objects[name]])
+
+        with ThreadPoolExecutor(max(1, min(len(UNITS), len(os.sched_getaffinity(0))))) as pool:
+            list(pool.map(compile_one, objects))
+        built = Path(folder) / "library.so"
+        call([*nvcc, "-shared", "-cudart", "static", "-o", str(built), *objects.values()])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copyfile(built, partial)
+        partial.replace(target)
+
+
+def cached_cuda(capability: tuple[int, int]) -> tuple[Path, str]:
+    """(library, how it came about) for a device: from the cache, or built now. Raises BuildError."""
+    one = [architecture_of(capability)]
+    return cached_library(
+        "cuda.so", sources_hash(one), lambda target: compile_cuda(target, one), "CUDA kernels (once, about a minute)"
+    )
