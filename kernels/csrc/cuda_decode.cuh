@@ -14,7 +14,7 @@ MC_DEVICE void multiply_block(const unsigned (&words)[kTiles][2 * kBits], const 
 #pragma unroll
   for (int r = 0; r < kTiles; ++r) {
     unsigned a[8];
-    fragments<T, kBits, kBlock>(words[r], a);
+    fragments<T, kBits, kBlock % 2>(words[r] + kBlock / 2 * kBits, a);
     T::mma(acc[r], a, x.x, x.y);
     T::mma(acc[r], a + 4, x.z, x.w);
   }
@@ -56,7 +56,10 @@ MC_DEVICE void multiply_tile(const unsigned char* tiles, int pitch, const Descri
                              int lane, float weight0, float weight1, float (&total)[kTiles][4]) {
   unsigned words[kTiles][2 * kBits];
 #pragma unroll
-  for (int r = 0; r < kTiles; ++r) load_words<kBits>(tiles + r * pitch, lane, words[r]);
+  for (int r = 0; r < kTiles; ++r) {
+    load_words<kBits>(tiles + r * pitch, lane, 0, words[r]);
+    load_words<kBits>(tiles + r * pitch, lane, 1, words[r] + kBits);
+  }
   float acc[kTiles][4] = {}, sums[4] = {};
   const bool with_sums = has_offset(d);
   multiply_block<T, kBits, kTiles, 0>(words, x[0], acc, sums, with_sums);

@@ -34,9 +34,9 @@ MC_BOTH constexpr int shift_for(int at) {
   return base;
 }
 
-// Pair kPair of a lane's words: two values u - 2^(kBits-1).
+// Pair kPair, 0 to 15, of half a tile, which is kBits words of a lane: two values u - 2^(kBits-1).
 template <class T, int kBits, int kPair>
-MC_DEVICE unsigned dequant(const unsigned (&words)[2 * kBits]) {
+MC_DEVICE unsigned dequant(const unsigned* words) {
   constexpr unsigned magic = twice(float_bits<T>(1 << T::kMantissa));
   constexpr int centre = 1 << (kBits - 1);
   if constexpr (kBits == 8 && T::kMantissa < 8) {  // 128 + high and 128 + low nibble; 16 * high + low - 128 is exact
@@ -45,26 +45,24 @@ MC_DEVICE unsigned dequant(const unsigned (&words)[2 * kBits]) {
     constexpr unsigned sixteen = twice(float_bits<T>(16)), less = twice(float_bits<T>(-16 * 128 - 128 - 128));
     const unsigned top = T::fma2(high, sixteen, less);
     return T::fma2(low, twice(float_bits<T>(1)), top);
-  } else if constexpr (kBits == 3 && kPair % 16 == 15) {  // the pair in the spare bits
-    constexpr int set = kPair / 16 * 3;
-    const unsigned code = (words[set] >> 12 & 0x00080008u) | (words[set + 1] >> 11 & 0x00100010u) |
-                          (words[set + 2] >> 10 & 0x00200020u);
+  } else if constexpr (kBits == 3 && kPair == 15) {  // the pair in the spare bits
+    const unsigned code =
+        (words[0] >> 12 & 0x00080008u) | (words[1] >> 11 & 0x00100010u) | (words[2] >> 10 & 0x00200020u);
     constexpr unsigned eighth = power2<T>(-3), less = twice(float_bits<T>(-((1 << T::kMantissa) / 8 + centre)));
     return T::fma2(code | magic, eighth, less);
   } else {
     constexpr int per = kBits == 3 ? 5 : 16 / kBits;
-    constexpr int index = kBits == 3 ? kPair / 16 * 15 + kPair % 16 : kPair;
-    constexpr int at = index % per * kBits, shift = shift_for<T, kBits>(at), left = at - shift;
+    constexpr int at = kPair % per * kBits, shift = shift_for<T, kBits>(at), left = at - shift;
     constexpr unsigned mask = twice(((1u << kBits) - 1) << left);
-    const unsigned code = (words[index / per] >> shift & mask) | magic;
     constexpr unsigned unit = power2<T>(-left), less = twice(float_bits<T>(-((1 << T::kMantissa) / (1 << left) + centre)));
+    const unsigned code = (words[kPair / per] >> shift & mask) | magic;
     return T::fma2(code, unit, less);
   }
 }
 
-// The A fragments of block kBlock (32 columns: two steps of the mma).
+// The A fragments of block kBlock, 0 or 1, of half a tile (32 columns: two steps of the mma).
 template <class T, int kBits, int kBlock>
-MC_DEVICE void fragments(const unsigned (&words)[2 * kBits], unsigned (&a)[8]) {
+MC_DEVICE void fragments(const unsigned* words, unsigned (&a)[8]) {
   a[0] = dequant<T, kBits, 8 * kBlock>(words);
   a[1] = dequant<T, kBits, 8 * kBlock + 1>(words);
   a[2] = dequant<T, kBits, 8 * kBlock + 2>(words);
@@ -75,20 +73,22 @@ MC_DEVICE void fragments(const unsigned (&words)[2 * kBits], unsigned (&a)[8]) {
   a[7] = dequant<T, kBits, 8 * kBlock + 7>(words);
 }
 
+// A lane's words of half a tile, from shared memory.
 template <int kBits>
-MC_DEVICE void load_words(const unsigned char* tile, int lane, unsigned (&words)[2 * kBits]) {
+MC_DEVICE void load_words(const unsigned char* tile, int lane, int half, unsigned* words) {
+  if constexpr (kBits % 4 == 0) {
 #pragma unroll
-  for (int plane = 0; plane < 2 * kBits / 4; ++plane) {
-    const Word4 four = load_shared(tile + 512 * plane + 16 * lane);
-    words[4 * plane] = four.x;
-    words[4 * plane + 1] = four.y;
-    words[4 * plane + 2] = four.z;
-    words[4 * plane + 3] = four.w;
-  }
-  if constexpr (kBits % 2) {
-    const unsigned* two = reinterpret_cast<const unsigned*>(tile + 512 * (2 * kBits / 4) + 8 * lane);
-    words[2 * kBits - 2] = two[0];
-    words[2 * kBits - 1] = two[1];
+    for (int i = 0; i < kBits / 4; ++i) {
+      const Word4 four = load_shared(tile + 512 * (kBits / 4 * half + i) + 16 * lane);
+      words[4 * i] = four.x;
+      words[4 * i + 1] = four.y;
+      words[4 * i + 2] = four.z;
+      words[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBits; ++i)
+      words[i] = *reinterpret_cast<const unsigned*>(tile + word_offset(kBits, lane, half * kBits + i));
   }
 }
 

@@ -103,21 +103,23 @@ MC_DEVICE void apply_grid(unsigned (&a)[8], const Grid& g, const Descriptor& d) 
   for (int i = 0; i < 8; ++i) a[i] = T::fma2(a[i], g.scale[i & 1], 0);
 }
 
+// One block of 32 columns. kBlock: 0 or 1, its place in half `half` of the tiles.
 template <class T, int kBits, int kGroups, int kBlock>
-MC_DEVICE void prefill_block(const unsigned (&words)[kPair][2 * kBits], Grid (&grids)[kPair], const unsigned char* tiles,
-                             const unsigned char* tokens, const McMatrix& m, const Descriptor& d, int lane,
+MC_DEVICE void prefill_block(const unsigned (&words)[kPair][kBits], Grid (&grids)[kPair], const unsigned char* tiles,
+                             const unsigned char* tokens, const McMatrix& m, const Descriptor& d, int half, int lane,
                              float (&acc)[kPair][kGroups][4]) {
   unsigned a[kPair][8];
+  const int block = 2 * half + kBlock;
 #pragma unroll
   for (int r = 0; r < kPair; ++r) {
-    if (kBlock == 0 || d.groups == 4 || (d.groups == 2 && kBlock == 2))
-      grids[r] = load_grid<T>(tiles + r * m.max_stride, d, lane, kBlock * d.groups / kBlocks);
+    if ((block & (kBlocks / d.groups - 1)) == 0)
+      grids[r] = load_grid<T>(tiles + r * m.max_stride, d, lane, block * d.groups / kBlocks);
     fragments<T, kBits, kBlock>(words[r], a[r]);
     apply_grid<T>(a[r], grids[r], d);
   }
 #pragma unroll
   for (int n = 0; n < kGroups; ++n) {
-    const Word4 x = load_shared(tokens + chunk_offset(n * kTokens + lane / 4, 4 * kBlock + lane % 4));
+    const Word4 x = load_shared(tokens + chunk_offset(n * kTokens + lane / 4, 4 * block + lane % 4));
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
       T::mma(acc[r][n], a[r], x.x, x.y);
@@ -153,14 +155,15 @@ MC_DEVICE void prefill_loop(const Shape<kGroups>& shape, unsigned char* stages, 
     if (works) {
       const unsigned char* tokens = stages + used * stage_bytes + side * kGroups * kTokens * kRowBytes;
       const unsigned char* tiles = stages + used * stage_bytes + shape.tokens() * kRowBytes + pair * m.max_stride;
-      unsigned words[kPair][2 * kBits];
       Grid grids[kPair];
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        unsigned words[kPair][kBits];
 #pragma unroll
-      for (int r = 0; r < kPair; ++r) load_words<kBits>(tiles + r * m.max_stride, lane, words[r]);
-      prefill_block<T, kBits, kGroups, 0>(words, grids, tiles, tokens, m, d, lane, acc);
-      prefill_block<T, kBits, kGroups, 1>(words, grids, tiles, tokens, m, d, lane, acc);
-      prefill_block<T, kBits, kGroups, 2>(words, grids, tiles, tokens, m, d, lane, acc);
-      prefill_block<T, kBits, kGroups, 3>(words, grids, tiles, tokens, m, d, lane, acc);
+        for (int r = 0; r < kPair; ++r) load_words<kBits>(tiles + r * m.max_stride, lane, half, words[r]);
+        prefill_block<T, kBits, kGroups, 0>(words, grids, tiles, tokens, m, d, half, lane, acc);
+        prefill_block<T, kBits, kGroups, 1>(words, grids, tiles, tokens, m, d, half, lane, acc);
+      }
     }
     used = used + 1 == p.stages ? 0 : used + 1;
     free = free + 1 == p.stages ? 0 : free + 1;
