@@ -30,32 +30,41 @@ METHODS: dict[str, dict[str, Any]] = {
 KEEP = ("0.75", "0.5")
 
 
-def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run and evaluate one row: seconds, bytes, and per text perplexity and KL."""
+def outcome(data: dict[str, Any], folder: Path, texts: list[str], windows: int) -> dict[str, Any]:
+    """Run a recipe in `folder` and evaluate its result: the report, and per text perplexity and KL. Nothing stays."""
     from moecompress.evaluate import evaluate_dir
     from moecompress.recipe import load_recipe
     from moecompress.run import run
 
-    method, _, keep = row.rpartition("-")
-    (name, options), folder = next(iter(METHODS[method].items())), arguments.out / row
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump({**data, "output": {"dir": str(folder / "out")}}, sort_keys=False)
+    )
+    began, cpu = time.perf_counter(), time.process_time()
+    out = run(load_recipe(folder / "recipe.yaml"))
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    found = evaluate_dir(out, texts, Path(data["model"]), windows=windows)
+    report = json.loads((out / "moecompress" / "report.json").read_text())
+    shutil.rmtree(folder)
+    perplexity = {text: value["value"] for text, value in found["perplexity"].items()}
+    measures = {"perplexity": perplexity, "kl": dict(found["kl"]), "router_agreement": found["router_agreement"]}
+    return {"seconds": seconds, "cpu_seconds": cpu, "report": report, **measures}
+
+
+def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run and evaluate one row: seconds, bytes, and per text perplexity and KL."""
+    method, _, keep = row.rpartition("-")
+    (name, options), folder = next(iter(METHODS[method].items())), arguments.out / row
     tokens = {"source": "tokens", "files": [str(arguments.tokens)], "samples": arguments.samples, "heldout": 0}
     data = {
         "model": str(arguments.model),
         "calibration": {**tokens, "length": arguments.length},
         "passes": [{name: {**options, "keep": float(keep)}}],
-        "output": {"dir": str(folder / "out")},
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
-    began = time.perf_counter()
-    out = run(load_recipe(folder / "recipe.yaml"))
-    seconds = time.perf_counter() - began
-    found = evaluate_dir(out, arguments.text, arguments.model, windows=arguments.windows)
-    size = json.loads((out / "moecompress" / "report.json").read_text())["size"]["output_bytes"]
-    shutil.rmtree(folder)
-    perplexity = {text: value["value"] for text, value in found["perplexity"].items()}
-    return {"seconds": seconds, "bytes": size, "perplexity": perplexity, "kl": dict(found["kl"])}
+    found = outcome(data, folder, arguments.text, arguments.windows)
+    size = found["report"]["size"]["output_bytes"]
+    return {"seconds": found["seconds"], "bytes": size, "perplexity": found["perplexity"], "kl": found["kl"]}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -1,0 +1,190 @@
+"""What every part of MoEQuant and EAQuant is worth: one table of GPTQ with one part added, with all, and without one.
+
+    python scripts/bench_ablation.py OUT --model DIR --tokens FILE.safetensors --text TEXT [--text TEXT ...]
+        [--ebss FILE.safetensors] [--windows 8] [ROW ...]
+
+A row is `method/width/seed`, e.g. `gptq/w3g32/0` (see METHODS, WIDTHS); default: all rows, three seeds at 3 and 2 bits.
+The seed draws `--samples` calibration sequences from `--tokens` (or `--ebss`). Each finished row is a line of
+OUT/rows.jsonl, so an interrupted table goes on where it stopped; rows whose parts are not there are named and left out.
+OUT/table.md is written again after each row. `--minutes` stops after a row when so much time has passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_pruning import outcome
+from safetensors.torch import load_file, save_file
+
+WIDTHS = {"w4": (4, -1), "w3g32": (3, 32), "w2g32": (2, 32)}
+SEEDS = {"w4": (0,), "w3g32": (0, 1, 2), "w2g32": (0, 1, 2)}
+
+ROTATE: dict[str, Any] = {"rotate.hadamard": {}}
+ROUTER: dict[str, Any] = {"align.router": {}}
+PLAIN = {"grid": "minmax"}
+AGQ = {"weighting": "affinity"}
+
+
+def gptq(*before: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+    return [*before, {"quantize.gptq": {**PLAIN, **options}}]
+
+
+def learned(*before: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+    return [*before, {"quantize.learned": options}]
+
+
+#: name -> (passes, where the calibration tokens are from)
+METHODS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "rtn": ([{"quantize.rtn": PLAIN}], "none"),
+    "gptq": (gptq(), "text"),
+    "+rotation": (gptq(ROTATE), "text"),
+    "+ebss": (gptq(), "ebss"),
+    "+agq": (gptq(**AGQ), "text"),
+    "+agq2": (gptq(**AGQ, power=2), "text"),
+    "+balance": (gptq(), "balanced"),
+    "+router": (gptq(ROUTER), "text"),
+    "all": (gptq(ROTATE, ROUTER, **AGQ), "balanced-mix"),
+    "mse": (gptq(grid="mse"), "text"),
+    "mse+agq": (gptq(grid="mse", **AGQ), "text"),
+    "mse+router": (gptq(ROUTER, grid="mse"), "text"),
+    "all+mse": (gptq(ROTATE, ROUTER, grid="mse", **AGQ), "balanced-mix"),
+    "learned": (learned(), "text"),
+    "learned+router": (learned(ROUTER), "text"),
+    "all+learned": (learned(ROTATE, ROUTER), "balanced-mix"),
+}
+DEFAULT = tuple(f"{method}/{width}/{seed}" for width in WIDTHS for method in METHODS for seed in SEEDS[width])
+
+
+def drawn(files: Sequence[Path], seed: int, samples: int, target: Path) -> Path:
+    """`samples` sequences of the files together, drawn by the seed, as a file of their own."""
+    if not target.is_file():
+        rows = torch.cat([next(iter(load_file(file).values())).long() for file in files])
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
+        save_file({"ids": rows[order.sort().values].contiguous()}, target)
+    return target
+
+
+def calibration(source: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's calibration for one source of tokens."""
+    if source == "none":
+        return {}
+    files = {"text": [arguments.tokens], "ebss": [arguments.ebss]}.get(source, [arguments.tokens])
+    if source == "balanced-mix" and arguments.ebss:
+        files = [arguments.tokens, arguments.ebss]
+    name = f"{source}-{seed}.safetensors"
+    file = drawn(files, seed, arguments.samples, arguments.out / name)
+    spec = {"source": "tokens", "files": [str(file)], "samples": arguments.samples, "length": arguments.length}
+    return {"calibration": {**spec, "heldout": 0}}
+
+
+def missing(row: str, arguments: argparse.Namespace) -> str | None:
+    """Why a row cannot be measured now; None = it can."""
+    from moecompress.registry import PASSES
+
+    passes, source = METHODS[row.split("/")[0]]
+    absent = [name for step in passes for name in step if name not in PASSES]
+    if absent:
+        return f"no pass {absent[0]}"
+    return "needs --ebss" if source == "ebss" and not arguments.ebss else None
+
+
+def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run and evaluate one row."""
+    method, width, seed = row.split("/")
+    bits, group = WIDTHS[width]
+    passes, source = METHODS[method]
+    sized = [
+        {name: {**options, "bits": bits, "group_size": group} if name.startswith("quantize.") else options}
+        for step in passes
+        for name, options in step.items()
+    ]
+    data = {"model": str(arguments.model), "passes": sized, **calibration(source, int(seed), arguments)}
+    found = outcome(data, arguments.out / "work", arguments.text, arguments.windows)
+    aligned = [layer["router"]["aligned"] for layer in found.pop("report")["layers"]]
+    return {"row": row, "samples": arguments.samples, "windows": arguments.windows, **found, "aligned": aligned}
+
+
+def domains(row: dict[str, Any]) -> list[str]:
+    return [text for text in row["kl"] if text != "all"]
+
+
+def mean_kl(row: dict[str, Any]) -> float:
+    return statistics.fmean(row["kl"][text] for text in domains(row))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: KL per domain and its mean (mean of the seeds, spread over them), perplexity, router agreement."""
+    if not rows:
+        return ""
+    texts = domains(rows[0])
+    names = [Path(text).stem for text in texts]
+    lines = ["| method | width | seeds | " + " | ".join(f"KL {name}" for name in names)]
+    lines[0] += " | mean KL | perplexity | router agreement | CPU s |"
+    lines.append("|---" * (len(texts) + 7) + "|")
+    for width in WIDTHS:
+        for method in METHODS:
+            found = [row for row in rows if row["row"].startswith(f"{method}/{width}/")]
+            if found:
+                lines.append(f"| {method} | {width} | {len(found)} | {_cells(found, texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(found: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
+    cells = [f"{statistics.fmean(row['kl'][text] for row in found):.4f}" for text in texts]
+    means = [mean_kl(row) for row in found]
+    spread = f" ± {statistics.stdev(means):.4f}" if len(means) > 1 else ""
+    perplexity = statistics.fmean(row["perplexity"]["all"] for row in found)
+    agreement = statistics.fmean(statistics.fmean(row["router_agreement"]) for row in found)
+    cpu = statistics.fmean(row["cpu_seconds"] for row in found)
+    return " | ".join(
+        [*cells, f"{statistics.fmean(means):.4f}{spread}", f"{perplexity:.3f}", f"{agreement:.4f}", f"{cpu:.0f}"]
+    )
+
+
+def main() -> None:
+    """Measure the rows that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("rows", nargs="*", metavar="ROW", default=[])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path, required=True, help="safetensors with one integer tensor [N, T]: text")
+    parser.add_argument("--ebss", type=Path, help="the same, sampled by the model itself")
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    arguments = parser.parse_intermixed_args()
+    unknown = [row for row in arguments.rows if row not in DEFAULT]
+    if unknown:
+        parser.error(f"rows {unknown}; allowed: METHOD/WIDTH/SEED with {list(METHODS)}, {list(WIDTHS)}, seeds 0 to 2")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    kept = arguments.out / "rows.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    began = time.monotonic()
+    for row in arguments.rows or DEFAULT:
+        if any(known["row"] == row for known in rows):
+            continue
+        if time.monotonic() - began > 60 * arguments.minutes:
+            print(f"{arguments.minutes:g} minutes are over before {row}")
+            break
+        if reason := missing(row, arguments):
+            print(f"{row}: left out, {reason}")
+            continue
+        rows.append(measured(row, arguments))
+        with kept.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        (arguments.out / "table.md").write_text(table(rows))
+        print(row, f"{mean_kl(rows[-1]):.4f}", f"{rows[-1]['cpu_seconds']:.0f} CPU s", flush=True)
+    print(table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()
