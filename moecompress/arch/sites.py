@@ -159,6 +159,13 @@ def router_matrix(layer: LayerFacts) -> tuple[str, str | None] | None:
     return found[0], bias if layer.shapes.get(bias) == layer.shapes[found[0]][:1] else None
 
 
+def shared_gates(layer: LayerFacts) -> dict[str, str]:
+    """Linear weight of a shared expert -> weight of the one-row sigmoid gate that multiplies the expert's output."""
+    gates = [name for name in layer.shapes if name.endswith("shared_expert_gate.weight") and layer.shapes[name][0] == 1]
+    pairs = ((gate.removesuffix("_gate.weight") + ".", gate) for gate in gates)
+    return {name: gate for prefix, gate in pairs for name in layer.linears if name.startswith(prefix)}
+
+
 def expert_dims(shapes: Mapping[str, tuple[int, ...]], site: MoESite | None) -> dict[str, int]:
     """Tensor inside the layer -> its dimension that runs over the routed experts.
 

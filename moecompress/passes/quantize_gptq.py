@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from moecompress.arch.sites import shared_gates
 from moecompress.errors import CalibrationError, CoverageError, message
 from moecompress.numerics.gptq import GPTQResult, gptq
 from moecompress.numerics.grids import round_to_nearest
@@ -45,7 +46,9 @@ class QuantizeGPTQ(Quantizer):
     )
     static_groups: bool = Field(False, description="find all scales before rounding (needed by `act` with groups)")
     damping: float = Field(0.01, ge=0, le=1, description="share of the mean diagonal added to the Hessian's diagonal")
-    weighting: Weighting = Field("none", description="affinity: weigh each token by its routing weight (AGQ)")
+    weighting: Weighting = Field(
+        "none", description="affinity: weigh tokens by their routing weight, a shared expert's by its own gate (AGQ)"
+    )
     power: Literal[1, 2] = Field(1, description="exponent of the routing weight: 1 as published, 2 the output error")
     target_inputs: Literal["compressed", "original"] = Field(
         "compressed", description="original: aim at the outputs on the uncompressed model's inputs (GPTAQ)"
@@ -142,7 +145,10 @@ class QuantizeGPTQ(Quantizer):
         dense = {name: value for name in names if isinstance(value := weights.tensors[name], Tensor)}
         if not dense:
             return weights
-        wanted = LinearHessian(tuple((name, int(value.shape[1])) for name, value in dense.items()), self.input_rounding)
+        columns = tuple((name, int(value.shape[1])) for name, value in dense.items())
+        known = shared_gates(context.layer) if self.weighting == "affinity" else {}
+        gates = tuple((name, known[name]) for name in dense if name in known)
+        wanted = LinearHessian(columns, self.input_rounding, gates, self.power)
         hessians = context.collect((wanted,), weights)[wanted.name]
         made = {}
         for name, value in dense.items():

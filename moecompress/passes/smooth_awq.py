@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -16,6 +16,7 @@ from moecompress.numerics.grids import GridRule, dequantize, round_to_nearest
 from moecompress.passes.base import Decision, LayerContext, Pass, group_problems, input_columns
 from moecompress.passes.quantizer import Bits, positive_group, scheme_of
 from moecompress.stats.base import Statistic
+from moecompress.stats.moments import Weighting
 from moecompress.stats.routing import TokenSample
 from moecompress.stream.fold import scaled_inputs, up_rows
 from moecompress.types import (
@@ -52,6 +53,10 @@ class SmoothAWQ(Pass):
     )
     experts: bool = Field(True, description="one scale per expert between up and down")
     clip: bool = Field(False, description="clip groups to the range with the least output error (for grid: minmax)")
+    weighting: Weighting = Field(
+        "affinity", description="affinity: candidates are judged by errors weighed with the tokens' routing weights"
+    )
+    power: Literal[1, 2] = Field(2, description="exponent of the routing weight: 2 the output error, 1 MoEQuant's")
     ratios: int = Field(20, ge=2, le=100, description="exponents tried per search, 0 among them")
     tokens: int = Field(512, ge=1, description="sampled tokens per layer on which candidates are judged")
     calibration: str = Field("default", description="the calibration set to use")
@@ -60,6 +65,10 @@ class SmoothAWQ(Pass):
     @classmethod
     def _positive_group(cls, value: int) -> int:
         return positive_group(value)
+
+    @property
+    def _power(self) -> int:
+        return self.power if self.weighting == "affinity" else 0
 
     def needs(self) -> tuple[Statistic, ...]:
         return (TokenSample(self.tokens),)
@@ -136,7 +145,7 @@ class SmoothAWQ(Pass):
         candidates = scale_candidates(sample["hidden"].float().abs().mean(0), self.ratios)
         errors = torch.zeros(len(candidates), dtype=torch.float64)
         for number, expert in enumerate(context.weights.experts):
-            inputs, gates = _routed(sample, number)
+            inputs, gates = _routed(sample, number, self._power)
             if len(inputs) == 0:
                 continue
             wanted = context.forward(expert, inputs)
@@ -151,7 +160,7 @@ class SmoothAWQ(Pass):
     ) -> tuple[Tensor, float]:
         """The same for the scale between up and down of one expert; ones for an expert without sampled tokens."""
         down = _dense(weights.experts[number].down)
-        middle, gates = _intermediate(context, weights, sample, number)
+        middle, gates = _intermediate(context, weights, sample, number, self._power)
         candidates = scale_candidates(
             middle.abs().mean(0) if len(middle) else down.new_zeros(down.shape[1]), self.ratios
         )
@@ -175,25 +184,26 @@ class SmoothAWQ(Pass):
         scheme = scheme_of(self.bits, self.group_size, self.symmetric)
         made = []
         for number, expert in enumerate(weights.experts):
-            inputs, gates = _routed(sample, number)
+            inputs, gates = _routed(sample, number, self._power)
             if projection == "down":
-                inputs, gates = _intermediate(context, weights, sample, number)
+                inputs, gates = _intermediate(context, weights, sample, number, self._power)
             weight = _dense(expert.projection(projection))
             made.append(clip_steps(weight, inputs * gates, scheme, grid=self.grid, scale_dtype=context.scale_dtype))
         return torch.stack(made)
 
 
-def _routed(sample: Mapping[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
-    """Sampled tokens of one expert, float32 [n, H], and their routing weights [n, 1]."""
+def _routed(sample: Mapping[str, Tensor], number: int, power: int) -> tuple[Tensor, Tensor]:
+    """Sampled tokens of one expert, float32 [n, H], and what their errors count before they are squared, [n, 1]: the
+    routing weight to the power / 2."""
     rows, slots = (sample["ids"] == number).nonzero(as_tuple=True)
-    return sample["hidden"][rows].float(), sample["weights"][rows, slots].float()[:, None]
+    return sample["hidden"][rows].float(), sample["weights"][rows, slots].float().abs()[:, None] ** (power / 2)
 
 
 def _intermediate(
-    context: LayerContext, weights: LayerWeights, sample: Mapping[str, Tensor], number: int
+    context: LayerContext, weights: LayerWeights, sample: Mapping[str, Tensor], number: int, power: int
 ) -> tuple[Tensor, Tensor]:
-    """What `down` of one expert receives for its sampled tokens, [n, I], and their routing weights [n, 1]."""
-    inputs, gates = _routed(sample, number)
+    """What `down` of one expert receives for its sampled tokens, [n, I], and what their errors count [n, 1]."""
+    inputs, gates = _routed(sample, number, power)
     expert = weights.experts[number]
     projected = inputs @ _dense(expert.gate_up).t()
     if expert.gate_up_bias is not None:

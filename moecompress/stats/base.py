@@ -60,12 +60,14 @@ class ExpertObservation:
 class LinearObservation:
     """What one Linear of the layer received in one call: inputs [n, in], training tokens only.
 
-    same_as: another Linear that received this very tensor before, or None.
+    same_as: another Linear that received this very tensor before, or None. gates: [n], what multiplies the output of
+    the shared expert that this Linear is part of; None where nothing does, or nobody asked.
     """
 
     name: str
     inputs: Tensor
     same_as: str | None
+    gates: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ class Statistic(Protocol):
     def linears(self) -> tuple[str, ...]:
         """Linear weights (names inside the layer) whose inputs `observe_linear` wants."""
         return ()
+
+    @property
+    def gated(self) -> Mapping[str, str]:
+        """Linear of a shared expert -> weight of the one-row sigmoid gate behind it, where `gates` are wanted."""
+        return {}
 
     @property
     def blocks(self) -> bool:

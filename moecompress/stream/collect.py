@@ -75,6 +75,7 @@ class Collector:
         self.states: dict[str, State] = {item.name: item.init(site) for item in statistics}  # type: ignore[arg-type]
         self.log = RouterLog()
         self.linears = tuple(sorted({name for item in statistics for name in item.linears}))
+        self.gated = {linear: gate for item in statistics for linear, gate in item.gated.items()}
         self.blocks = any(item.blocks for item in statistics)
         self.partner, self.record = partner, record
         self._heldout, self._measured = frozenset(heldout), None if measured is None else frozenset(measured)
@@ -111,6 +112,7 @@ class BatchWatch:
         self._logits: Tensor | None = None
         self._original: Tensor | None = None
         self._contributions: Tensor | None = None
+        self._gates: dict[str, Tensor] = {}
         self._fed: dict[tuple[int, int, torch.Size], tuple[str, Tensor]] = {}  # keeps them, so addresses stay theirs
 
     def tap(self, logits: Tensor) -> None:
@@ -206,6 +208,10 @@ class BatchWatch:
             return inputs, None
         return inputs, self._experts.run_expert(weights, hidden)[0]
 
+    def on_gate(self, gate: str, values: Tensor) -> None:
+        """What the coming output of a shared expert is multiplied by, [B * T]."""
+        self._gates[gate] = values
+
     def on_linear(self, name: str, inputs: Tensor) -> None:
         """A Linear's input [B, T, in] or [B * T, in]. Raises UnsupportedModel when it does not see every token once."""
         key = (inputs.data_ptr(), inputs._version, inputs.shape)
@@ -219,7 +225,8 @@ class BatchWatch:
         if not bool(self._train.any()):
             return
         keep = slice(None) if bool(self._train.all()) else self._train
-        observation = LinearObservation(name, flat[keep], None if same == name else same)
+        gates = self._gates[self._owner.gated[name]][keep] if name in self._owner.gated else None
+        observation = LinearObservation(name, flat[keep], None if same == name else same, gates)
         for item in self._owner.statistics:
             if item.linears:
                 item.observe_linear(self._owner.states[item.name], observation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from moecompress.types import ExpertWeights, LayerWeights, MoESite, QuantizedTen
 
 RouterTap = Callable[[Tensor], None]
 LinearTap = Callable[[str, Tensor], None]
+GateTap = Callable[[str, Tensor], None]
 
 
 @contextmanager
@@ -147,3 +148,21 @@ def _linear_hook(name: str, on_linear: LinearTap | None) -> Callable[[nn.Module,
             on_linear(name, args[0].detach())
 
     return hook
+
+
+@contextmanager
+def gates_told(layer: nn.Module, gates: Iterable[str], on_gate: GateTap) -> Iterator[None]:
+    """Within the context every call of a shared expert is announced to `on_gate` with what its output will be
+    multiplied by, [tokens], before its Linears run. gates: weights of the one-row sigmoid gates."""
+
+    def hook(gate: str) -> Callable[[nn.Module, Any], None]:
+        module = layer.get_submodule(gate.removesuffix(".weight"))
+        return lambda _module, args: on_gate(gate, module(args[0].detach()).sigmoid().reshape(-1))
+
+    names = {gate: gate.removesuffix("_gate.weight") for gate in gates}
+    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(gate)) for gate, name in names.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

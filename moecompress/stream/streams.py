@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moecompress.stream.collect import Collector, Recorded
 from moecompress.stream.flow import residual_flow
 from moecompress.stream.hidden import HiddenStore
-from moecompress.stream.layers import call_layer, experts_of, filled_layer, watched
+from moecompress.stream.layers import call_layer, experts_of, filled_layer, gates_told, watched
 from moecompress.stream.model import StreamModel
 from moecompress.stream.outer import outer_weights
 from moecompress.stream.prelude import LayerCall, logits, record, share_equal
@@ -121,6 +121,8 @@ def _watching(layer: nn.Module, site: MoESite | None, collector: Collector, batc
     watch = collector.watch(batch, None if site is None else experts_of(layer, site.experts))
     with ExitStack() as stack:
         stack.enter_context(watched(layer, site, watch, watch.tap, collector.linears, watch.on_linear))
+        if collector.gated:
+            stack.enter_context(gates_told(layer, set(collector.gated.values()), watch.on_gate))
         if site is not None and collector.blocks:
             stack.enter_context(residual_flow(layer, site, watch.on_block))
         yield

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from moecompress.arch.sites import shared_gates
 from moecompress.calib.tokenizer import load_tokenizer
 from moecompress.calib.tokens import build_token_set
 from moecompress.errors import CalibrationError, CoverageError
@@ -25,6 +26,8 @@ from moecompress.numerics.hqq import hqq
 from moecompress.passes.quantize_gptq import Inputs, QuantizeGPTQ
 from moecompress.passes.quantize_rtn import QuantizeRTN
 from moecompress.recipe.specs import CalibrationSpec
+from moecompress.stats.base import ExpertObservation
+from moecompress.stats.linears import LinearHessian
 from moecompress.stats.moments import ExpertHessian
 from moecompress.stream.model import open_model
 from moecompress.stream.streams import run_layer
@@ -186,6 +189,23 @@ def test_affinity_lowers_the_weighted_error(bench: layers.AtLayer) -> None:
     assert bench.error(bench.process(gptq_pass(bits=2, weighting="affinity", power=2))[1]) < plain
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_equal_affinities_are_no_affinities(bench: layers.AtLayer, power: int) -> None:
+    """T7: a routing weight of 1 everywhere, or the same power of two, leaves every code as it is."""
+    plain = ExpertHessian("gate_up")
+    weighed = ExpertHessian("gate_up", "affinity", power)  # type: ignore[arg-type]
+    x = torch.randn(300, 128, generator=torch.Generator().manual_seed(0))
+    weight = bench.weights.experts[0].gate_up
+    assert isinstance(weight, Tensor)
+    codes = []
+    for statistic, gate in ((plain, 0.3), (weighed, 1.0), (weighed, 4.0)):
+        state = statistic.init(bench.model.facts.layers[1].site)  # type: ignore[arg-type]
+        gates, empty = torch.full((300,), gate), torch.empty(300, 0)
+        statistic.observe_expert(state, ExpertObservation(0, torch.arange(300), gates, x, empty, empty))
+        codes.append(gptq(weight.float(), state["hessian"][0], gptq_pass().scheme).q.codes)
+    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
+
+
 def test_all_experts_see_all_tokens_while_routing_is_kept(bench: layers.AtLayer) -> None:
     wanted = (ExpertHessian("gate_up", all_experts=True), ExpertHessian("down", all_experts=True))
     found = bench.collect(wanted)
@@ -295,3 +315,49 @@ def test_lighter_holds_as_few_experts_as_asked(bench: layers.AtLayer) -> None:
         held = lighter.statistics_bytes(layer)
         assert held <= max(whole - excess, gptq_pass(expert_group=1).statistics_bytes(layer))
     assert gptq_pass(expert_group=3).lighter(facts, whole).expert_group == 3
+
+
+def test_a_gated_shared_expert_counts_its_tokens_by_its_gate(tmp_path: Path) -> None:
+    """AGQ for shared experts: sigmoid gates from transformers' own modules; attention stays unweighted."""
+    path = families.save_tiny("qwen2_moe", tmp_path / "model", torch.float32)
+    ids = engine.random_ids(3, 40)
+    at = layers.at_layer(path, ids, tmp_path, index=1, batch_tokens=48)
+    seen: dict[str, Tensor] = {}
+    model = engine.own_model(path)
+    names = [*at.model.facts.layers[1].linears, "mlp.shared_expert_gate.weight"]
+    for name in names:
+        module = model.model.layers[1].get_submodule(name.removesuffix(".weight"))
+        module.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(name, args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    row = at.weights.tensors["mlp.shared_expert_gate.weight"]
+    assert isinstance(row, Tensor)
+    gate = (seen.pop("mlp.shared_expert_gate.weight") @ row[0]).sigmoid()
+    gates = shared_gates(at.model.facts.layers[1])
+    assert set(gates) == {f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")}
+    columns = tuple((name, x.shape[1]) for name, x in seen.items())
+    for power in (1, 2):
+        wanted = LinearHessian(columns, gates=tuple(gates.items()), power=power)  # type: ignore[arg-type]
+        found = at.collect((wanted,))["linear_hessian"]
+        for name, x in seen.items():
+            weight = gate**power if name in gates else torch.ones(len(x))
+            torch.testing.assert_close(found[name], torch.einsum("t,ti,tj->ij", weight, x, x), rtol=1e-4, atol=1e-4)
+
+
+def test_affinity_lowers_a_shared_experts_gated_error(tmp_path: Path) -> None:
+    path = families.save_tiny("qwen2_moe", tmp_path / "model", torch.float32)
+    at = layers.at_layer(path, engine.random_ids(6, 60), tmp_path, index=1)
+    gate = at.weights.tensors["mlp.shared_expert_gate.weight"]
+    sharp = at.weights.with_tensors({"mlp.shared_expert_gate.weight": gate * 6})  # type: ignore[operator]
+    gates = tuple(shared_gates(at.model.facts.layers[1]).items())
+    columns = tuple((name, at.model.facts.layers[1].shapes[name][1]) for name, _ in gates)
+    moments = at.collect((LinearHessian(columns, gates=gates),), sharp)["linear_hessian"]
+    errors = {}
+    for weighting in ("none", "affinity"):
+        step = gptq_pass(bits=2, group_size=-1, targets=["shared_experts"], weighting=weighting)
+        _, after = at.process(step, sharp)
+        for name, _ in gates[:2]:
+            missed = materialise(after.tensors[name], torch.float32) - at.weights.tensors[name]  # type: ignore[operator]
+            errors[weighting, name] = float(((missed @ moments[name]) * missed).sum())
+    for name, _ in gates[:2]:
+        assert errors["affinity", name] < errors["none", name]

@@ -17,13 +17,16 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from moecompress.errors import RecipeError
+from moecompress.numerics.awq import scale_candidates
+from moecompress.numerics.grids import dequantize, round_to_nearest
 from moecompress.passes.base import Decision
 from moecompress.passes.quantize_gptq import QuantizeGPTQ
 from moecompress.passes.quantize_rtn import QuantizeRTN
 from moecompress.passes.smooth_awq import SmoothAWQ
 from moecompress.plan import make_plan
 from moecompress.recipe import load_recipe
-from moecompress.types import ExpertWeights, LayerWeights, MoESite, QuantizedTensor
+from moecompress.stream.layers import experts_of, filled_layer
+from moecompress.types import ExpertWeights, LayerWeights, MoESite, QuantizedTensor, Scheme
 
 IDS = engine.random_ids(4, 24)
 # In the second line routers or norms compute in float32 whatever the model's dtype.
@@ -169,3 +172,34 @@ def test_options_are_checked(outliers: layers.AtLayer) -> None:
     assert "works: 16, 32, 64, 128" in awq(group_size=48).check(outliers.model.facts)[0]
     with pytest.raises(ValidationError, match="not a group size"):
         awq(group_size=0)
+
+
+@pytest.mark.parametrize(("weighting", "power"), [("none", 2), ("affinity", 1), ("affinity", 2)])
+def test_the_search_weighs_tokens_as_it_says(outliers: layers.AtLayer, weighting: Any, power: Any) -> None:
+    """Against a plain loop over the candidates: sum over tokens of c^power |f(x) - f'(x)|^2 of every expert."""
+    step = awq(group_size=32, experts=False, ratios=4, weighting=weighting, power=power)
+    decision, _ = outliers.process(step)
+    sample, weights = outliers.collect(step.needs())["token_sample"], outliers.weights
+    x, exponent = sample["hidden"].double(), power if weighting == "affinity" else 0
+    errors = []
+    with filled_layer(outliers.model, weights) as module:
+        experts = experts_of(module, "mlp.experts")
+        for scale in scale_candidates(x.abs().mean(0), 4):
+            error = 0.0
+            for number, one in enumerate(weights.experts):
+                assert isinstance(one.gate_up, Tensor)
+                rounded = dequantize(round_to_nearest(one.gate_up.float() * scale, Scheme(3, 32), grid="mse"))
+                rows, slots = (sample["ids"] == number).nonzero(as_tuple=True)
+                made = [experts.run_expert(e, x[rows].float())[1] for e in (one, replace(one, gate_up=rounded / scale))]
+                for missed, gate in zip(made[1] - made[0], sample["weights"][rows, slots], strict=True):
+                    error += float(gate) ** exponent * float(missed.double().square().sum())
+            errors.append(error)
+    assert decision.data["ratio"] == errors.index(min(errors)) / 4
+
+
+def test_weighting_can_change_the_choice(outliers: layers.AtLayer) -> None:
+    chosen = []
+    for weighting, power in (("none", 2), ("affinity", 1), ("affinity", 2)):
+        decision, _ = outliers.process(awq(group_size=32, shared=False, weighting=weighting, power=power))
+        chosen.append(decision.data["expert_ratios"])
+    assert chosen[0] != chosen[1] != chosen[2]
