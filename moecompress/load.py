@@ -19,6 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moecompress.arch.quirks import router_names
 from moecompress.arch.sites import is_experts
 from moecompress.arch.surgery import resize_experts
 from moecompress.checkpoint.index import CheckpointIndex, open_index
@@ -29,6 +30,7 @@ from moecompress.checkpoint.reader import TensorReader
 from moecompress.errors import CheckpointError, UnsupportedModel, message
 from moecompress.experts import PackedExperts, PackedLinear
 from moecompress.packed import Packed
+from moecompress.packed_router import is_packed_router, pack_router, unpack_router
 from moecompress.stream.attention import watch_attention
 from moecompress.stream.mapping import build_key_map
 from moecompress.stream.skeleton import read_config_json
@@ -114,6 +116,10 @@ class MoecompressQuantizer(HfQuantizer):
             self._pack_experts(model, name, counts[name], root)
         for name, layout in self.native.linears.items():
             linear = model.get_submodule(self.names[name])
+            router = self.names[name].rpartition(".")[2] in router_names(model.config.get_text_config().model_type)
+            if router and type(linear) is not nn.Linear:
+                pack_router(linear, layout, f"{root}: {name}")
+                continue
             if type(linear) is not nn.Linear:  # a subclass may use its weight in another way
                 raise CheckpointError(message(f"{root}: {name}", type(linear).__name__, "a plain Linear"))
             model.set_submodule(self.names[name], PackedLinear(linear, layout, f"{root}: {name}"))
@@ -166,6 +172,9 @@ class MoecompressQuantizer(HfQuantizer):
             stock = type(model)._from_config(config, dtype=dtype)
         for name, module in self.names.items():
             packed, empty = model.get_submodule(module), stock.get_submodule(module)
+            if is_packed_router(packed):
+                unpack_router(packed, dtype)
+                continue
             if name in self.native.gates:
                 found = f"{name} leaves out some of a token's experts, which {type(empty).__name__} cannot"
                 raise UnsupportedModel(message("dequantize", found, "a model without prune.otp, .odp and .top_k"))

@@ -85,7 +85,8 @@ class CalibrationInfo(_Part):
 
 class RouterAligned(_Part):
     """What align.router did in a layer. kl, agreement: before and after, on the tokens that judged; change:
-    |new - old| / |old| of its matrix; accepted: whether the layer has the new one."""
+    |new - old| / |old| of its matrix; accepted: whether the layer has the new one; loss: of the whole model, before and
+    after, where that was learned from."""
 
     method: str
     accepted: bool
@@ -94,6 +95,7 @@ class RouterAligned(_Part):
     agreement: tuple[float | None, float | None]
     change: float
     fewest_tokens: int | None = None
+    loss: tuple[float, float] | None = None
 
 
 class RouterInfo(_Part):

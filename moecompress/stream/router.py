@@ -6,7 +6,7 @@ whatever exact transforms (scales in norms, rotations) or roundings earlier pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,8 @@ from moecompress.stats.base import RouterObservation, Statistic
 from moecompress.stream.collect import BatchWatch, Collector, Recorded
 from moecompress.stream.hidden import HiddenStore
 from moecompress.stream.model import StreamModel
-from moecompress.stream.streams import TokenRun, run_layer
-from moecompress.types import LayerWeights, MoESite, Stream, TokenBatch, Weight
+from moecompress.stream.streams import TokenRun, run_layer, start_run
+from moecompress.types import ExpertWeights, LayerWeights, MoESite, Stream, TokenBatch, TokenSet, Weight
 
 _EVERY = 8  # without held-out sequences one in so many judges and is not learned from
 
@@ -48,6 +48,17 @@ class RouterCall:
     ids: Tensor
 
 
+def judges_of(run: TokenRun) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
+    """(whether sequences are held out, those that judge, those to learn from). Raises CalibrationError for too few."""
+    every = range(run.tokens.ids.shape[0])
+    judge = run.tokens.heldout or tuple(every[::_EVERY])
+    learn = tuple(sorted(set(every) - set(judge)))
+    if not learn:
+        found = f"{len(every)} calibration sequences, all of them for judging routers"
+        raise CalibrationError(message(f"calibration '{run.tokens.name}'", found, then="add samples"))
+    return bool(run.tokens.heldout), judge, learn
+
+
 class RouterView:
     """The router of one layer on one token set. weights: the layer as the passes before left it.
 
@@ -67,14 +78,10 @@ class RouterView:
         self._site, (self.weight, self.bias) = facts.site, found
         self.outputs = facts.shapes[self.weight][0]
         self.columns = facts.shapes[self.weight][1] + (self.bias is not None)
-        self._source = LayerWeights(weights.index, model.read_tensors(weights.index, check=False))
-        every = range(run.tokens.ids.shape[0])
-        self.heldout = bool(run.tokens.heldout)
-        self.judge = run.tokens.heldout or tuple(every[::_EVERY])
-        self.learn = tuple(sorted(set(every) - set(self.judge)))
-        if not self.learn:
-            found_text = f"{len(every)} calibration sequences, all of them for judging"
-            raise CalibrationError(message(f"layer {weights.index} router", found_text, then="add samples"))
+        self._sources = _sources(model, weights)
+        empty = (ExpertWeights(torch.empty(0), torch.empty(0)),) * self._source_experts  # they never run
+        self._source = LayerWeights(weights.index, model.read_tensors(weights.index, check=False), empty)
+        self.heldout, self.judge, self.learn = judges_of(run)
         self._wanted: HiddenStore | None = None
         self._original: tuple[Tensor, Tensor] | None = None
 
@@ -108,11 +115,8 @@ class RouterView:
         """The layer's router with these tensors instead of its own, on the judging sequences."""
         self._targets()
         assert self._original is not None
-        logits, ids = self._calls(self._weights.with_tensors(changed), self._stream)
-        sources = torch.tensor([*self._weights.source_ids, self._source_experts])
-        kept = self._original[0][:, list(self._weights.source_ids)]
-        kl = routing_divergence(kept, logits, self._model.facts.scoring)
-        return RouterScore(kl, set_agreement(self._original[1], sources[ids]))
+        found = self._calls(self._weights.with_tensors(changed), self._stream)
+        return _compared(self._model, self._weights, self._original, found)
 
     @property
     def _source_experts(self) -> int:
@@ -150,12 +154,12 @@ class RouterView:
     def _kept_rows(self) -> list[int]:
         """Rows of the source's matrix that are still there; rows behind the experts' (shared experts) always are."""
         rows = self._source.tensors[self.weight].shape[0]
-        return [*self._weights.source_ids, *range(self._source_experts, rows)]
+        return [*self._sources, *range(self._source_experts, rows)]
 
     def _places(self) -> Tensor:
         """Expert of the source (and the id of a skipped slot) -> its place among the present ones, else `outputs`."""
         places = torch.full((self._source_experts + 1,), self.outputs)
-        places[list(self._weights.source_ids)] = torch.arange(len(self._weights.source_ids))
+        places[list(self._sources)] = torch.arange(len(self._sources))
         return places
 
     def _matrix(self, weights: LayerWeights) -> Tensor:
@@ -178,6 +182,60 @@ class RouterView:
         """Show `see` every call of the layer's router for these sequences; the experts do not run."""
         visit = _Visit(self._site, self.weight, sequences, see)
         run_layer(self._model, weights, self._run, stream, collector=visit, write=False, sequences=sequences)
+
+
+def router_scores(
+    model: StreamModel, run: TokenRun, sequences: Sequence[int], weights: Callable[[int], LayerWeights]
+) -> dict[int, RouterScore]:
+    """Every MoE layer's router against the original model's on these sequences, each behind its own model's layers.
+
+    weights: of the compressed model's layers. The streams of `run` stay as they are.
+    """
+    tokens = TokenSet("router-scores", run.tokens.ids[list(sequences)], {}, "")
+    size = max(len(batch.rows) for batch in run.batches) * tokens.ids.shape[1]
+    both: tuple[Stream, Stream] = ("original", "compressed")
+    own = start_run(model, tokens, run.folder, batch_tokens=size, streams=both)
+    found = {}
+    for layer in model.facts.layers:
+        made, logs = {both[0]: model.read_layer(layer.index), both[1]: weights(layer.index)}, []
+        for stream in both:
+            collector = None
+            if layer.site is not None:
+                collector = Collector(model.facts_of(made[stream]).site, (), (), own.measured)
+                logs.append(collector.log)
+            run_layer(model, made[stream], own, stream, collector=collector)
+        if logs:
+            found[layer.index] = _compared(model, made["compressed"], logs[0].joined(), logs[1].joined())
+    for stream in both:
+        for generation in range(2):
+            own.store(stream, generation).remove()
+    return found
+
+
+def _compared(
+    model: StreamModel, weights: LayerWeights, original: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
+) -> RouterScore:
+    """Router logs (first output, choice) of the same tokens, the second with the experts of `weights`."""
+    site = model.facts.layers[weights.index].site
+    assert site is not None
+    sources = _sources(model, weights)
+    chosen = torch.tensor([*sources, -1])[found[1]]
+    kl = routing_divergence(original[0][:, list(sources)], found[0], model.facts.scoring)
+    return RouterScore(kl, set_agreement(original[1], chosen))
+
+
+def _sources(model: StreamModel, weights: LayerWeights) -> tuple[int, ...]:
+    """For every id that the layer's router gives, its number in the checkpoint.
+
+    Raises UnsupportedModel where several of fewer ids share an expert: nothing says which ones they were.
+    """
+    site = model.facts.layers[weights.index].site
+    if weights.slots is None:
+        return weights.source_ids
+    if site is None or weights.choices != site.num_experts:
+        found = f"{weights.choices} of the router's ids share {len(weights.experts)} experts"
+        raise UnsupportedModel(message(f"layer {weights.index} router", found, then="align before merging"))
+    return tuple(range(site.num_experts))
 
 
 class _Visit(Collector):

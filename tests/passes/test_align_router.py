@@ -15,13 +15,16 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moecompress.arch.sites import router_matrix
 from moecompress.load import load
+from moecompress.numerics.grids import dequantize
 from moecompress.passes.align_router import AlignRouter
 from moecompress.passes.prune_frequency import PruneFrequency
 from moecompress.passes.quantize_rtn import QuantizeRTN
 from moecompress.passes.smooth_awq import SmoothAWQ
+from moecompress.plan import cut_sweeps
 from moecompress.stream.model import open_model
-from moecompress.types import LayerWeights
+from moecompress.types import LayerWeights, QuantizedTensor
 
 IDS = engine.random_ids(24, 32)
 GATES = {
@@ -209,3 +212,90 @@ def test_options_are_checked(tmp_path: Path) -> None:
     done = engine.command("plan", engine.write_recipe(tmp_path, path, [{"align.router": {}}]))
     assert done.code == 2 and "needs data" in done.out + done.err
     assert QuantizeRTN(bits=2).decides is QuantizeRTN(bits=2).scope
+
+
+CODED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "hunyuan_v1_moe", "phimoe")
+
+
+@pytest.mark.parametrize("model_type", CODED)
+def test_a_router_in_codes_is_stored_and_loaded(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kl_clip: 8-bit rows in native records; transformers' own router reads what the stream reads."""
+    engine.reload_here(monkeypatch)
+    path = families.save_tiny(model_type, tmp_path / "model")
+    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
+    calibration = {"source": "tokens", "files": [str(tmp_path / "ids.safetensors")], "samples": 24, "length": 32}
+    passes = [{"align.router": {"method": "kl_clip", "router_bits": 8}}, {"quantize.rtn": {"group_size": 16}}]
+    recipe = engine.write_recipe(tmp_path, path, passes, calibration=calibration)
+    refused = engine.command("plan", recipe, "--set", "output.format=portable")
+    assert refused.code == 2 and "zero points" in refused.out + refused.err
+    done = engine.command("run", recipe)
+    assert done.code == 0, done.err
+    out, layer = tmp_path / "out", open_model(path).facts.moe_layers[-1]
+    found = router_matrix(layer)
+    assert found is not None
+    stored = open_model(out).read_layer(layer.index).tensors[found[0]]
+    assert isinstance(stored, QuantizedTensor) and stored.scheme.bits == 8 and stored.zeros is not None
+    model = load(out, dtype=torch.float32)
+    module = model.get_submodule(f"{layer.name}.{found[0].removesuffix('.weight')}")
+    assert "weight" not in dict(module.named_parameters(recurse=False)) and torch.equal(
+        module.weight, dequantize(stored)
+    )
+    ids = IDS[:2, :16]
+    with torch.no_grad():
+        packed = model(input_ids=ids, use_cache=False).logits
+        dense = load(out, dequantize=True, dtype=torch.float32)(input_ids=ids, use_cache=False).logits
+    assert engine.difference(packed, engine.streamed_logits(open_model(out), ids, tmp_path / "stream")) < 1e-4
+    assert engine.difference(dense, packed) < 1e-4
+    said = [row["router"]["aligned"][0] for row in engine.read_json(out / "moecompress" / "report.json")["layers"]]
+    assert all(one["method"] == "kl_clip" and 0 < one["change"] < 0.02 for one in said)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Reports of `two bits, then this end-to-end tuning`."""
+    folder, reports = tmp_path_factory.mktemp("tuned"), {}
+    path = families.save_tiny("qwen3_moe", folder / "model")
+    save_file({"ids": engine.random_ids(16, 24, vocabulary=20)}, folder / "ids.safetensors")
+    calibration = {"source": "tokens", "files": [str(folder / "ids.safetensors")], "samples": 16, "length": 24}
+    with pytest.MonkeyPatch.context() as patch:
+        engine.reload_here(patch)
+        for method in ("lm_ce", "kl_logits"):
+            (folder / method).mkdir()
+            step = {"align.router": {"method": method, "steps": 15, "lr": 3e-3, "batch": 4}}
+            passes = [{"quantize.rtn": {"bits": 2, "group_size": 16}}, step]
+            done = engine.command("run", engine.write_recipe(folder / method, path, passes, calibration=calibration))
+            assert done.code == 0, done.err
+            reports[method] = engine.read_json(folder / method / "out" / "moecompress" / "report.json")
+    return {"folder": folder, "source": path, **reports}
+
+
+@pytest.mark.parametrize("method", ["lm_ce", "kl_logits"])
+def test_end_to_end_tuning_lowers_the_held_out_loss_with_routers_alone(method: str, tuned: dict[str, Any]) -> None:
+    said = [row["router"]["aligned"][0] for row in tuned[method]["layers"]]
+    assert len({tuple(one["loss"]) for one in said}) == 1 and said[0]["loss"][1] < said[0]["loss"][0]
+    assert said[0]["loss"][1] > 0 and all(one["accepted"] and one["change"] > 0 for one in said)
+    assert said[0]["kl"][0] == pytest.approx(0, abs=1e-9) and said[0]["agreement"][0] == 1.0
+    assert all(one["kl"][0] > 0 for one in said[1:]) and all(one["agreement"][1] is not None for one in said)
+    source, out = open_model(tuned["source"]), open_model(tuned["folder"] / method / "out")
+    for index in range(4):
+        before, after = source.read_layer(index).tensors, out.read_layer(index).tensors
+        changed = {name for name in before if not torch.equal(before[name], after[name])}  # type: ignore[arg-type]
+        assert changed == {"mlp.gate.weight"}
+    assert cut_sweeps((QuantizeRTN(bits=2), AlignRouter(method=method)))[0].barrier == 1  # type: ignore[arg-type]
+
+
+def test_combinations_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    for options, reason in (
+        ({"method": "kl_clip"}, "add router_bits: 8"),
+        ({"router_bits": 8}, "router_bits: method ridge"),
+        ({"method": "ridge", "lr": 0.1}, "lr: method ridge"),
+        ({"method": "lm_ce", "teacher_tokens": 3}, "belongs to kl_logits"),
+    ):
+        with pytest.raises(ValidationError, match=reason):
+            AlignRouter(**options)  # type: ignore[arg-type]
+    path = families.save_tiny("mixtral", tmp_path / "model", num_experts_per_tok=1)
+    facts = open_model(path).facts
+    assert "no gradient reaches the router" in AlignRouter(method="lm_ce").check(facts)[0]
+    assert AlignRouter().check(facts) == []
