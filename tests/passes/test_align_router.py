@@ -254,7 +254,7 @@ def test_a_router_in_codes_is_stored_and_loaded(
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Reports of `two bits, then this end-to-end tuning`."""
+    """Reports of `half of the experts gone, then this end-to-end tuning`."""
     folder, reports = tmp_path_factory.mktemp("tuned"), {}
     path = families.save_tiny("qwen3_moe", folder / "model")
     save_file({"ids": engine.random_ids(16, 24, vocabulary=20)}, folder / "ids.safetensors")
@@ -264,7 +264,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for method in ("lm_ce", "kl_logits"):
             (folder / method).mkdir()
             step = {"align.router": {"method": method, "steps": 15, "lr": 3e-3, "batch": 4}}
-            passes = [{"quantize.rtn": {"bits": 2, "group_size": 16}}, step]
+            passes: list[Any] = [{"prune.frequency": {"keep": 0.5}}, step]
             done = engine.command("run", engine.write_recipe(folder / method, path, passes, calibration=calibration))
             assert done.code == 0, done.err
             reports[method] = engine.read_json(folder / method / "out" / "moecompress" / "report.json")
@@ -276,13 +276,15 @@ def test_end_to_end_tuning_lowers_the_held_out_loss_with_routers_alone(method: s
     said = [row["router"]["aligned"][0] for row in tuned[method]["layers"]]
     assert len({tuple(one["loss"]) for one in said}) == 1 and said[0]["loss"][1] < said[0]["loss"][0]
     assert said[0]["loss"][1] > 0 and all(one["accepted"] and one["change"] > 0 for one in said)
-    assert said[0]["kl"][0] == pytest.approx(0, abs=1e-9) and said[0]["agreement"][0] == 1.0
-    assert all(one["kl"][0] > 0 for one in said[1:]) and all(one["agreement"][1] is not None for one in said)
+    assert said[0]["kl"][0] == pytest.approx(0, abs=1e-9) and all(one["kl"][0] > 0 for one in said[1:])
+    assert all(0 < value < 1 for one in said for value in one["agreement"])
     source, out = open_model(tuned["source"]), open_model(tuned["folder"] / method / "out")
     for index in range(4):
         before, after = source.read_layer(index).tensors, out.read_layer(index).tensors
         changed = {name for name in before if not torch.equal(before[name], after[name])}  # type: ignore[arg-type]
         assert changed == {"mlp.gate.weight"}
+        own = {source.read_layer(index).experts[i].down.sum().item() for i in range(8)}  # type: ignore[union-attr]
+        assert all(expert.down.sum().item() in own for expert in out.read_layer(index).experts)  # type: ignore[union-attr]
     assert cut_sweeps((QuantizeRTN(bits=2), AlignRouter(method=method)))[0].barrier == 1  # type: ignore[arg-type]
 
 
