@@ -1,7 +1,7 @@
 """What every part of MoEQuant and EAQuant is worth: one table of GPTQ with one part added, with all, and without one.
 
     python scripts/bench_ablation.py OUT --model DIR --tokens FILE.safetensors --text TEXT [--text TEXT ...]
-        [--ebss FILE.safetensors] [--windows 8] [ROW ...]
+        [--ebss FILE.safetensors] [--minutes N] [ROW ...]
 
 A row is `method/width/seed`, e.g. `gptq/w3g32/0` (see METHODS, WIDTHS); default: all rows, three seeds at 3 and 2 bits.
 The seed draws `--samples` calibration sequences from `--tokens` (or `--ebss`). Each finished row is a line of
@@ -12,12 +12,16 @@ OUT/table.md is written again after each row. `--minutes` stops after a row when
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from bench_pruning import outcome
@@ -111,6 +115,16 @@ def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"row": row, "samples": arguments.samples, "windows": arguments.windows, **found, "aligned": aligned}
 
 
+def reload_here(arguments: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """The reload check of a run in this process: a fresh one spends longer on imports than a row takes."""
+    from moecompress import reload
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        reload.main(arguments[4:])
+    return subprocess.CompletedProcess(list(arguments), 0, out.getvalue(), "")
+
+
 def domains(row: dict[str, Any]) -> list[str]:
     return [text for text in row["kl"] if text != "all"]
 
@@ -157,9 +171,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors with one integer tensor [N, T]: text")
     parser.add_argument("--ebss", type=Path, help="the same, sampled by the model itself")
     parser.add_argument("--text", action="append", required=True)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     arguments = parser.parse_intermixed_args()
     unknown = [row for row in arguments.rows if row not in DEFAULT]
@@ -178,7 +192,8 @@ def main() -> None:
         if reason := missing(row, arguments):
             print(f"{row}: left out, {reason}")
             continue
-        rows.append(measured(row, arguments))
+        with mock.patch("moecompress.finish.subprocess.run", reload_here):
+            rows.append(measured(row, arguments))
         with kept.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         (arguments.out / "table.md").write_text(table(rows))
