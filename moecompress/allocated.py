@@ -8,8 +8,9 @@ from dataclasses import replace
 from moecompress.checkpoint.native import plan_record
 from moecompress.errors import message
 from moecompress.estimate import Estimate
-from moecompress.passes.allocator import Allocator, expert_shapes, expert_weights
+from moecompress.passes.allocator import Allocator
 from moecompress.passes.base import Pass
+from moecompress.passes.budget import expert_shapes, expert_weights
 from moecompress.passes.quantizer import BITS, Quantizer
 from moecompress.stream.inventory import Owner
 from moecompress.stream.model import StreamModel

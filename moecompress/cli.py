@@ -58,10 +58,23 @@ def plan(
     settings: SetOption = None,
     out: OutOption = None,
     memory: MemoryOption = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="FIRST:LAST:STEP", help="What these budgets would give; measures the model once."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a run would do, need and make; every problem at once. Reads no tensors."""
+    """Say what a run would do, need and make; every problem at once. Reads no tensors without --sweep."""
     loaded, limit = _load(recipe, settings, out), _size(memory)
+    if sweep is not None:
+        from moecompress.budgets import budget_range, predict_budgets, render_budgets
+        from moecompress.progress import open_progress
+
+        values = budget_range(sweep)
+        with open_progress(sys.stderr) as progress:
+            rows = predict_budgets(loaded, values, limit, progress)
+        typer.echo(_json(rows) if as_json else render_budgets(rows))
+        return
     from moecompress.plan import make_plan
 
     made = make_plan(loaded, memory=limit)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moecompress.experts import materialise
+from moecompress.numerics.grids import stored_bits
 from moecompress.numerics.routing import routing_divergence, set_agreement
 from moecompress.passes.base import Forward, output_error
 from moecompress.stream.streams import TokenRun
@@ -27,6 +28,39 @@ def router_comparison(
     if original[0].shape != compressed[0].shape:
         return {"topk_agreement": agreement, "kl": None}
     return {"topk_agreement": agreement, "kl": routing_divergence(original[0], compressed[0], scoring)}
+
+
+def expert_use(original: LayerWeights, weights: LayerWeights, before: Tensor, after: Tensor) -> dict[str, float]:
+    """What one token uses of a layer's routed experts, mean over tokens: how many, and how many stored bytes of them.
+
+    before, after: places of the chosen experts [n, K] in the weights of the source and of the output; the number of
+    experts = a slot that is skipped.
+    """
+    return {
+        "experts_before": _used(before, len(original.experts)).sum().item(),
+        "experts": _used(after, len(weights.experts)).sum().item(),
+        "bytes_before": float((_used(before, len(original.experts)) * _stored(original)).sum()),
+        "bytes": float((_used(after, len(weights.experts)) * _stored(weights)).sum()),
+    }
+
+
+def _used(ids: Tensor, experts: int) -> Tensor:
+    """How often each expert is used per token: float64 [E]."""
+    return torch.bincount(ids.reshape(-1), minlength=experts + 1)[:experts].double() / ids.shape[0]
+
+
+def _stored(weights: LayerWeights) -> Tensor:
+    """Bytes of every expert's matrices with scales and zero points: float64 [E]."""
+    sizes = [
+        sum(
+            stored_bits(weight.shape, weight.scheme, weight.scales.dtype) / 8
+            if isinstance(weight, QuantizedTensor)
+            else weight.nbytes
+            for weight in (expert.gate_up, expert.down)
+        )
+        for expert in weights.experts
+    ]
+    return torch.tensor(sizes, dtype=torch.float64)
 
 
 def stream_error(run: TokenRun, layer: int) -> float:

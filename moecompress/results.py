@@ -14,12 +14,12 @@ from moecompress.checkpoint.writer import ShardRecord
 from moecompress.evaluate import BACKEND, evaluate_dir
 from moecompress.fingerprint import versions
 from moecompress.job import PROBE, Job
-from moecompress.passes.allocator import expert_weights
+from moecompress.passes.budget import expert_weights
 from moecompress.portable import engines, portable_schemes
 from moecompress.progress import Progress
 from moecompress.recipe import recipe_data
 from moecompress.report import Report
-from moecompress.report.schema import ExpertInfo
+from moecompress.report.schema import AllocationInfo, ExpertInfo
 
 
 def evaluate_output(job: Job, progress: Progress) -> None:
@@ -91,6 +91,7 @@ def make_report(
             ],
             "passes": _passes(job, parts),
             "layers": rows,
+            "allocation": _allocation(job),
             "warnings": [*plan.warnings, *_coverage_warnings(rows)],
             "loadable": loadable(job, checked),
         }
@@ -115,6 +116,16 @@ def _size(job: Job, written: int) -> dict[str, Any]:
             for role, (before, after) in estimate.component_bytes.items()
         },
     }
+
+
+def _allocation(job: Job) -> dict[str, Any] | None:
+    """What the last allocation decided, without its widths: those are in the experts' rows."""
+    found = [(job.passes[position].name, decision.data) for position, decision in sorted(job.decided.items())]
+    made = [(name, data) for name, data in found if "curve" in data]
+    if not made:
+        return None
+    name, data = made[-1]
+    return {"name": name, **{key: value for key, value in data.items() if key in AllocationInfo.model_fields}}
 
 
 def _allocated_bits(job: Job) -> float | None:

@@ -219,6 +219,21 @@ def _run_sweep(
         job.run.save_cursor(cursor)
 
 
+def up_to_barrier(job: Job, position: int, progress: Progress) -> None:
+    """Only what the pass at `position` decides on: every sweep until its barrier, nothing written and no state kept."""
+    _start_tokens(job, {"layer": 0}, progress)
+    for number, sweep in enumerate(job.plan.sweeps):
+        if number:
+            _start_tokens(job, {"layer": 0}, progress)
+        progress.stage(f"sweep {number + 1}", len(job.model.layers))
+        for index in range(len(job.model.layers)):
+            process_layer(job, sweep, index, last=False)
+            progress.step(f"layer {index}")
+        if sweep.barrier == position or sweep.barrier is None:
+            return
+        job.decided[sweep.barrier] = decided(job, sweep.barrier, progress)
+
+
 def _line(index: int, result: LayerResult) -> str:
     text = f"layer {index}"
     row = result.row

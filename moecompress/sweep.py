@@ -12,7 +12,7 @@ from torch import Tensor
 from moecompress.context import layer_context, set_of
 from moecompress.job import SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, each_once
 from moecompress.layerstore import load_decision, load_layer, save_decision, save_layer, save_tensors
-from moecompress.measure import expert_rows, router_comparison, stream_error
+from moecompress.measure import expert_rows, expert_use, router_comparison, stream_error
 from moecompress.memory import resident_bytes
 from moecompress.passes.base import Decision, Pass, Scope
 from moecompress.planned import Sweep
@@ -185,7 +185,7 @@ def _row(
     facts = job.model.facts.layers[index]
     measured: Finished = {}
     router: dict[str, Any] = {"topk_agreement": None, "kl": None, "load_cv": None, "aligned": _aligned(job, index)}
-    error = None
+    error = use = None
     if before is not None and after is not None and job.report_set is not None:
         measured = before.finished()
         logs = before.log.joined(), _in_source_ids(after, result)
@@ -193,6 +193,7 @@ def _row(
         tokens = measured["routing_counts"]["tokens"].double()
         router["load_cv"] = float(tokens.std(correction=0) / tokens.mean()) if float(tokens.sum()) else None
         error = stream_error(job.tokens[job.report_set], index + 1)
+        use = expert_use(result.original, result.weights, before.log.joined()[1], after.log.joined()[1])
     with torch.no_grad(), filled_layer(job.model, result.original) as layer:
         assert facts.site is not None
         experts = experts_of(layer, facts.site.experts)
@@ -211,6 +212,7 @@ def _row(
         "router": router,
         "output_error": error,
         "notes": {key: value for said in _all_said(job, index) for key, value in said.get("layer", {}).items()},
+        "use": use,
         "experts": rows,
     }
 

@@ -35,7 +35,7 @@ LAYERS = (
     ("estimate", "allocated", "gated", "planned", "plan", "job", "context", "sweep", "barrier", "parts"),
     ("evaluate", "evalstore", "tasks", "taskresults", "humaneval", "sandbox", "report"),
     # a run ends with a reload check, an evaluation and a report, so it stands above them
-    ("reload", "results", "finish", "run", "export", "inspect", "doctor"),
+    ("reload", "results", "finish", "run", "budgets", "export", "inspect", "doctor"),
     ("cli", "__main__"),
 )
 SHARED = (  # modules of passes/ that are no passes
@@ -45,6 +45,7 @@ SHARED = (  # modules of passes/ that are no passes
     "merging",
     "quantizer",
     "allocator",
+    "budget",
     "gating",
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -10,8 +10,9 @@ from torch import Tensor
 from moecompress.errors import RecipeError, message
 from moecompress.numerics.allocation import Infeasible, pmq, pmq_cost
 from moecompress.numerics.grids import round_to_nearest
-from moecompress.passes.allocator import UNITS, Allocator, Pool
+from moecompress.passes.allocator import UNITS, Allocator
 from moecompress.passes.base import Decision, LayerContext, ModelContext
+from moecompress.passes.budget import Pool
 from moecompress.passes.quantizer import Quantizer
 from moecompress.stats.routing import RoutedProbability, RoutingCounts
 from moecompress.types import PROJECTIONS, ModelFacts, Scheme
@@ -52,23 +53,30 @@ class AllocatePMQ(Allocator):
     def wants_hessians(self, context: LayerContext) -> bool:
         return self.errors == "quantizer" and super().wants_hessians(context)
 
-    def decide(self, context: ModelContext) -> Decision:
-        """Solve every layer with its share of the budget."""
-        assert isinstance(context.quantizer, Quantizer)
-        counts = {index: len(found[RoutingCounts.name]["tokens"]) for index, found in context.statistics.items()}
-        pool = self.pool(context.facts, context.quantizer, context.fixed_bytes, counts)
-        allocation, importance, total = {}, {}, 0.0
+    def prepared(self, context: ModelContext) -> tuple[dict[int, Any], dict[int, Tensor]]:
+        """Costs [E, widths] and importances [E] of every layer."""
+        costs, importance = {}, {}
         for index, found in sorted(context.statistics.items()):
             tokens = found[RoutingCounts.name]["tokens"].numpy()
             raw = context.facts.scoring == "softmax"
             weights = found[RoutedProbability.name]["probability"] if raw else found[RoutingCounts.name]["gate_sum"]
             errors = found["sensitivity"]["errors"][:, list(UNITS).index("expert")].double().sum(-1).sqrt()
-            cost = pmq_cost(tokens, weights.numpy(), errors.numpy(), self.rule)
+            costs[index] = pmq_cost(tokens, weights.numpy(), errors.numpy(), self.rule)
+            importance[index] = found["sensitivity"]["energy"].double().sum(-1)
+        return costs, importance
+
+    def divided(self, context: ModelContext, prepared: tuple[dict[int, Any], dict[int, Tensor]]) -> Decision:
+        """Every layer with its share of the budget."""
+        assert isinstance(context.quantizer, Quantizer)
+        costs, importance = prepared
+        counts = {index: len(cost) for index, cost in costs.items()}
+        pool = self.pool(context.facts, context.quantizer, context.fixed_bytes, counts)
+        allocation, total = {}, 0.0
+        for index, cost in costs.items():
             widths = self._widths(index, cost, pool)
             allocation[index] = dict.fromkeys(PROJECTIONS, widths)
-            importance[index] = found["sensitivity"]["energy"].double().sum(-1)
             total += sum(cost[e, self.bits.index(bits)] for e, bits in enumerate(widths))  # type: ignore[arg-type]
-        return self.decision(context, allocation, importance, {"predicted_cost": float(total)})
+        return self.decision(context, allocation, importance, {"predicted_cost": float(total), "predicted_kl": None})
 
     def _widths(self, layer: int, cost: Any, pool: Pool) -> list[int]:
         """pmq on one layer, with the error in the words of the recipe."""

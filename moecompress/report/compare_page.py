@@ -10,7 +10,7 @@ from moecompress.report.html import TEMPLATES
 from moecompress.report.markdown import inline, markdown_table
 from moecompress.report.scatter import Point, scatter
 from moecompress.report.schema import Metric
-from moecompress.report.tables import Table, plain
+from moecompress.report.tables import Table, plain, token_bytes
 from moecompress.report.text import NOT_MEASURED, data_size, difference, duration, number, probability, with_error
 
 Key = tuple[Measure, str, str]
@@ -66,7 +66,8 @@ def main_keys(found: Comparison) -> list[Key]:
 def main_table(found: Comparison) -> Table:
     """One row per run."""
     keys = main_keys(found)
-    head = ("", "run", "recipe", "size", "bits per expert weight", "bits per weight", "peak memory", "time")
+    sizes = ("size", "bits per expert weight", "bits per weight", "expert bytes per token")
+    head = ("", "run", "recipe", *sizes, "peak memory", "time")
     rows = tuple(
         (
             str(position),
@@ -75,6 +76,7 @@ def main_table(found: Comparison) -> Table:
             data_size(run.size),
             number(run.report.size.expert_bits_per_weight if run.report else None, 3),
             number(run.report.size.total_bits_per_weight if run.report else None, 3),
+            data_size(token_bytes(run.report.layers)[1] if run.report else None),
             data_size(run.report.peak_rss_bytes if run.report else None),
             duration(run.report.seconds if run.report else None),
             *(_shown(run.quality.get(key)) for key in keys),

@@ -10,10 +10,12 @@ from typing import Any
 from markupsafe import Markup
 
 from moecompress.report.maps import bit_maps, token_map
-from moecompress.report.schema import Evaluation, ExpertInfo, LayerInfo, Report
+from moecompress.report.scatter import Point, scatter
+from moecompress.report.schema import AllocationInfo, Evaluation, ExpertInfo, LayerInfo, Report
 from moecompress.report.svg import Line, Segment, line_chart, stacked_bar
 from moecompress.report.tables import (
     Table,
+    budget_table,
     calibration_table,
     environment_table,
     layer_table,
@@ -21,6 +23,8 @@ from moecompress.report.tables import (
     pass_table,
     quality_table,
     recipe_text,
+    token_bytes,
+    token_experts,
 )
 from moecompress.report.text import (
     NOT_MEASURED,
@@ -76,7 +80,7 @@ def _context(report: Report, evaluation: Evaluation | None) -> dict[str, Any]:
         "quality": quality_table(evaluation),
         "bars": _bars(report),
         "components": _components(report),
-        "charts": _charts(report.layers, evaluation),
+        "charts": [*_charts(report.layers, evaluation), *_budget_chart(report.allocation)],
         "maps": [m for m in (token_map(report.layers), *bit_maps(report.layers)) if m is not None],
         "tables": _tables(report),
         "layers": layer_table(report.layers),
@@ -94,6 +98,7 @@ def tiles(report: Report, evaluation: Evaluation | None) -> list[Tile]:
     first, metric = next(iter(perplexity.items()), ("", None))
     kl_name, kl_value = next(iter(kl.items()), ("", None))
     more = f" (+{len(perplexity) - 1} more below)" if len(perplexity) > 1 else ""
+    touched = token_bytes(report.layers)
     return [
         Tile(
             "Size",
@@ -104,6 +109,11 @@ def tiles(report: Report, evaluation: Evaluation | None) -> list[Tile]:
             "Bits per routed-expert weight",
             number(size.expert_bits_per_weight, 3),
             f"whole model: {number(size.total_bits_per_weight, 3)}",
+        ),
+        *(
+            [Tile("Expert bytes per decoded token", _before_after(*touched), token_experts(report.layers))]
+            if touched[1] is not None
+            else []
         ),
         Tile("Perplexity", with_error(metric.value, metric.stderr) if metric else NOT_MEASURED, first + more),
         Tile("KL to the reference", number(kl_value), f"nats per token, {kl_name}" if kl_name else ""),
@@ -173,6 +183,10 @@ def _charts(layers: Sequence[LayerInfo], evaluation: Evaluation | None) -> list[
     held = evaluation.router_agreement if evaluation else ()
     if held and len(held) == len(layers):
         agreement.append(Line("s2", "evaluation tokens", held))
+    used = [
+        Line("s1", "source", [layer.use.experts_before if layer.use else None for layer in layers]),
+        Line("s2", "output", [layer.use.experts if layer.use else None for layer in layers]),
+    ]
     return [
         Chart(
             "Output error per layer",
@@ -185,7 +199,32 @@ def _charts(layers: Sequence[LayerInfo], evaluation: Evaluation | None) -> list[
             line_chart(agreement, labels, percent, fraction=True) if _known(agreement) else None,
             tuple((line.colour, line.name) for line in agreement) if len(agreement) > 1 else (),
         ),
+        Chart(
+            "Experts used per token and layer",
+            "Mean over calibration tokens; the others of a token's experts leave the dispatch.",
+            line_chart(used, labels, "{:.3g}".format) if _known(used) else None,
+            tuple((line.colour, line.name) for line in used),
+        ),
     ]
+
+
+def _budget_chart(allocation: AllocationInfo | None) -> list[Chart]:
+    """Predicted cost against stored bits, with this run's budget in the other colour."""
+    if allocation is None:
+        return []
+    shown = "predicted KL" if allocation.predicted_kl is not None else "predicted cost"
+    points = []
+    for row in (*allocation.curve, allocation):
+        cost = row.predicted_kl if row.predicted_kl is not None else row.predicted_cost
+        if cost is not None and row.stored_bits_per_weight is not None:
+            own = row is allocation
+            title = f"{row.budget}: {row.stored_bits_per_weight:.3f} stored bits per weight, {shown} {number(cost)}"
+            points.append(
+                Point("this run" if own else "", "s2" if own else "s1", title, row.stored_bits_per_weight, cost)
+            )
+    drawing = scatter(points, f"{shown} against stored bits per weight", "{:g} bpw".format, "{:.4g}".format)
+    note = f"{shown[0].upper()}{shown[1:]} of other budgets, from the same statistics, against stored bits per weight."
+    return [Chart(f"Budget curve of {allocation.name}", note, drawing if points else None)]
 
 
 def _known(lines: Sequence[Line]) -> bool:
@@ -193,8 +232,10 @@ def _known(lines: Sequence[Line]) -> bool:
 
 
 def _tables(report: Report) -> list[tuple[str, Table]]:
+    budgets = [] if report.allocation is None else [("Budgets", budget_table(report.allocation))]
     return [
         ("Passes", pass_table(report)),
+        *budgets,
         ("What loads it", loadable_table(report)),
         ("Calibration", calibration_table(report)),
         ("Versions, seeds, machine", environment_table(report)),

@@ -13,7 +13,7 @@ from moecompress.report.svg import Cell, Row, heat_map
 from moecompress.types import PROJECTIONS, Projection
 
 STEPS = 7  # colours of the sequential scale, classes q0 .. q6
-BIT_COLOURS = {1: "q0", 2: "q2", 3: "q3", 4: "q4", 8: "q5", 16: "q6"}
+BIT_COLOURS = {0: "gone", 1: "q0", 2: "q2", 3: "q3", 4: "q4", 8: "q5", 16: "q6"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def token_map(layers: Sequence[LayerInfo]) -> Map | None:
 def bit_maps(layers: Sequence[LayerInfo]) -> list[Map]:
     """Code width per expert: one map, or one per projection where they differ; empty when unknown."""
     experts = [expert for layer in layers for expert in layer.experts]
-    if not any(e.bits.gate_up or e.bits.down or e.removed for e in experts):
+    if not any(e.bits.gate_up is not None or e.bits.down is not None or e.removed for e in experts):
         return []
     if all(e.bits.gate_up == e.bits.down for e in experts):
         return [_bit_map(layers, "gate_up", "Bits per weight code")]
@@ -92,8 +92,10 @@ def _bit_map(layers: Sequence[LayerInfo], projection: Projection, heading: str) 
 
     experts = [expert for layer in layers for expert in layer.experts]
     used, kept = {colour(e) for e in experts}, [b for e in experts if (b := width(e)) is not None]
-    names = [(c, f"{b} bit" if b < 16 else "16 bit (source dtype)") for b, c in BIT_COLOURS.items()]
-    legend = [(c, n) for c, n in [("gone", "removed"), ("none", "not known"), *names] if c in used]
+    gone = any(e.removed for e in experts)
+    names = [(c, f"{b} bit" if b < 16 else "16 bit (source dtype)") for b, c in BIT_COLOURS.items() if b]
+    names = [("gone", "removed" if gone else "0 bit (left out)"), ("none", "not known"), *names]
+    legend = [(c, n) for c, n in names if c in used]
     mean = f"Mean over the {len(kept)} stored experts: {sum(kept) / len(kept):.3g} bits." if kept else "None is stored."
     return Map(heading, mean, _draw(layers, cell, title, heading), tuple(legend))
 

@@ -8,6 +8,7 @@ from collections import Counter
 from moecompress.report.schema import Evaluation, Report
 from moecompress.report.tables import (
     Table,
+    budget_table,
     calibration_table,
     environment_table,
     layer_table,
@@ -15,6 +16,8 @@ from moecompress.report.tables import (
     pass_table,
     quality_table,
     recipe_text,
+    token_bytes,
+    token_experts,
 )
 from moecompress.report.text import NOT_MEASURED, against_plan, data_size, duration, number, smaller
 
@@ -30,6 +33,7 @@ def render_markdown(report: Report, evaluation: Evaluation | None) -> str:
     parts.append("## Experts\n\n" + markdown_table(action_table(report)))
     for title, table in (
         ("Passes", pass_table(report)),
+        *([] if report.allocation is None else [("Budgets", budget_table(report.allocation))]),
         ("What loads it", loadable_table(report)),
         ("Layers", layer_table(report.layers)),
         ("Calibration", calibration_table(report)),
@@ -44,11 +48,18 @@ def headline_table(report: Report) -> Table:
     """Size, bits, memory and time; planned beside measured where there is a plan."""
     size, plan = report.size, report.plan
     ratio = smaller(size.source_bytes, size.output_bytes)
+    touched = token_bytes(report.layers)
+    used = token_experts(report.layers) if touched[1] is not None else ""
     rows = (
         ("size before", data_size(size.source_bytes), ""),
         ("size after", data_size(size.output_bytes), ratio or ""),
         ("bits per routed-expert weight", number(size.expert_bits_per_weight, 3), ""),
         ("bits per weight, whole model", number(size.total_bits_per_weight, 3), ""),
+        *(
+            [("expert bytes per decoded token", data_size(touched[1]), f"{data_size(touched[0])} before; {used}")]
+            if touched[1] is not None
+            else []
+        ),
         (
             "peak memory",
             data_size(report.peak_rss_bytes),

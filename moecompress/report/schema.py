@@ -141,6 +141,16 @@ class ExpertInfo(_Part):
         return self.tokens == 0 or self.fallback is not None
 
 
+class UseInfo(_Part):
+    """What one token uses of a layer's routed experts, mean over tokens: their number, and their stored bytes, which
+    are what decoding one sequence reads. before: of the source."""
+
+    experts_before: float
+    experts: float
+    bytes_before: float
+    bytes: float
+
+
 class LayerInfo(_Part):
     """One MoE layer. output_error: relative error of the layer's output on held-out tokens."""
 
@@ -150,6 +160,7 @@ class LayerInfo(_Part):
     router: RouterInfo = RouterInfo()
     output_error: float | None = None
     notes: dict[str, JsonValue] = {}  # what passes say about the layer (merging: how much was taken over)
+    use: UseInfo | None = None
     experts: tuple[ExpertInfo, ...] = ()
 
 
@@ -164,6 +175,27 @@ class Loadable(_Part):
     transformers: Loadability | None = None
     vllm: Loadability | None = None
     sglang: Loadability | None = None
+
+
+class BudgetInfo(_Part):
+    """One budget and what its division gives; `problem` instead where it cannot be kept. predicted_kl: in nats per
+    token, to second order, of rounding the routed experts; None where costs are in other units."""
+
+    budget: str
+    mean_bits: float | None = None
+    stored_bits_per_weight: float | None = None
+    predicted_cost: float | None = None
+    predicted_kl: float | None = None
+    problem: str | None = None
+
+
+class AllocationInfo(BudgetInfo):
+    """The division of bits among the experts. gap: proven distance to the cheapest division. curve: other budgets,
+    predicted from the same statistics."""
+
+    name: str
+    gap: float | None = None
+    curve: tuple[BudgetInfo, ...] = ()
 
 
 class Report(_Part):
@@ -185,6 +217,7 @@ class Report(_Part):
     calibration: tuple[CalibrationInfo, ...] = ()
     passes: tuple[PassInfo, ...] = ()
     layers: tuple[LayerInfo, ...] = ()
+    allocation: AllocationInfo | None = None
     warnings: tuple[str, ...] = ()
     loadable: Loadable = Loadable()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from moecompress.report.schema import Evaluation, LayerInfo, Report
+from moecompress.report.schema import AllocationInfo, Evaluation, LayerInfo, Report
 from moecompress.report.text import NOT_MEASURED, data_size, difference, duration, number, percent, with_error
 
 STATUS = {"tested": "tested", "by_rule": "by rule", "no": "no"}
@@ -107,11 +107,45 @@ def layer_table(layers: Sequence[LayerInfo]) -> Table:
             number(layer.router.kl),
             number(layer.router.load_cv),
             str(sum(e.uncovered for e in layer.experts)) if layer.experts else NOT_MEASURED,
+            number(layer.use.experts if layer.use else None, 3),
+            data_size(round(layer.use.bytes) if layer.use else None),
         )
         for layer in layers
     )
     head = ("layer", "experts before", "experts after", "mean bits", "output error", "router top-k agreement")
-    return Table((*head, "router KL", "load CV", "coverage problems"), rows)
+    return Table((*head, "router KL", "load CV", "coverage problems", "experts per token", "bytes per token"), rows)
+
+
+def token_bytes(layers: Sequence[LayerInfo]) -> tuple[int | None, int | None]:
+    """Bytes of routed experts that decoding one token reads, in the source and in the output; None = not measured."""
+    found = [layer.use for layer in layers if layer.use is not None]
+    if not found:
+        return None, None
+    return round(sum(use.bytes_before for use in found)), round(sum(use.bytes for use in found))
+
+
+def token_experts(layers: Sequence[LayerInfo]) -> str:
+    """`3.1 of 4.0 experts per token and layer (77.5 %)`; empty when not measured."""
+    found = [layer.use for layer in layers if layer.use is not None]
+    before, after = (sum(values) for values in zip(*((use.experts_before, use.experts) for use in found), strict=True))
+    share = percent(after / before) if before else ""
+    return f"{after / len(found):.2f} of {before / len(found):.2f} experts per token and layer ({share})"
+
+
+def budget_table(allocation: AllocationInfo) -> Table:
+    """What other budgets would have given, and this one."""
+    rows = tuple(
+        (
+            row.budget,
+            number(row.mean_bits, 3),
+            number(row.stored_bits_per_weight, 3),
+            number(row.predicted_kl if row.predicted_kl is not None else row.predicted_cost),
+            row.problem or ("this run" if row is allocation else ""),
+        )
+        for row in (*allocation.curve, allocation)
+    )
+    cost = "predicted KL" if allocation.predicted_kl is not None else "predicted cost"
+    return Table(("budget", "mean bits", "stored bits per weight", cost, ""), rows)
 
 
 def mean_bits(layer: LayerInfo) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,72 @@ def test_pruned_experts_are_not_paid_for(source: Path, tmp_path: Path) -> None:
     assert len(kept) * 2 == sum(row["experts_before"] for row in report["layers"])
     assert 2.4 < mean_bits([[(bits["gate_up"], bits["down"]) for bits in kept]]) <= 2.5
     assert report["size"]["output_bytes"] == pytest.approx(plan.estimate.output_bytes, rel=0.01)
+
+
+def test_an_expert_of_no_bits_is_left_out_everywhere(source: Path, tmp_path: Path) -> None:
+    """0 bits: nothing is stored, no token is sent there, and the loaded model is the streamed one."""
+    passes = ({"allocate.global": {"budget": "1 bits", "bits": [0, 2, 4], "weighting": "none"}}, RTN)
+    plan = make_plan(load_recipe(recipe(tmp_path / "plan", source, *passes)))
+    out = run(tmp_path / "run", source, *passes)
+    found = widths(out)
+    gone = [sum(pair == (0, 0) for pair in layer) for layer in found]
+    assert sum(gone) > 0 and all((up == 0) == (down == 0) for layer in found for up, down in layer)
+    assert mean_bits(found) <= 1
+    report = engine.read_json(out / "moecompress" / "report.json")
+    planned = plan.estimate.output_bytes  # how many scales go is not known before
+    assert 0.9 * planned < report["size"]["output_bytes"] <= planned
+    rows = [expert for row in report["layers"] for expert in row["experts"] if expert["bits"]["down"] == 0]
+    assert len(rows) == sum(gone) and all(row["action"] == "pruned" and row["error"] == 1 for row in rows)
+    assert any(row["use"]["experts"] < row["use"]["experts_before"] for row in report["layers"])
+    block = engine.read_json(out / "config.json")["quantization_config"]
+    assert block["format_version"] == 2
+    from moecompress.stream.model import open_model
+
+    ids = engine.random_ids(2, 8, seed=1)
+    model: Any = load(out, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    assert engine.difference(logits, engine.streamed_logits(open_model(out), ids, tmp_path / "hidden")) < 1e-5
+    done = engine.command("export", out, "--format", "container", "--out", tmp_path / "container")
+    assert done.code == 0, done.err
+
+
+def test_rounding_a_layer_tells_what_its_errors_count(source: Path, tmp_path: Path) -> None:
+    keys = {"budget": "2.5 bits", "bits": [2, 3], "weighting": "kl", "sequences": 2}
+    out = run(tmp_path, source, {"allocate.global": keys}, RTN)
+    allocation = engine.read_json(out / "moecompress" / "report.json")["allocation"]
+    assert allocation["name"] == "allocate.global" and allocation["budget"] == "2.5 bits"
+    assert 0 < allocation["predicted_kl"] < 1 and mean_bits(widths(out)) <= 2.5
+
+
+def test_the_budget_curve_falls_and_says_what_cannot_be(source: Path, tmp_path: Path) -> None:
+    passes = ({"allocate.global": {"budget": "2.5 bits", "sequences": 2}}, RTN)
+    path = recipe(tmp_path / "sweep", source, *passes)
+    done = engine.command("plan", path, "--sweep", "0.5:3.5:1", "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)
+    assert [row["budget"] for row in rows] == ["0.5 bits", "1.5 bits", "2.5 bits", "3.5 bits"]
+    assert "nearest feasible budget is '1 bits'" in rows[0]["problem"]
+    costs = [row["predicted_kl"] for row in rows[1:]]
+    assert costs == sorted(costs, reverse=True) and costs[0] > 2 * costs[-1] > 0
+    assert all(row["mean_bits"] <= float(row["budget"].split()[0]) for row in rows[1:])
+    assert not (tmp_path / "sweep" / "out").exists() and len(list((tmp_path / "sweep").iterdir())) == 1
+    out = run(tmp_path / "run", source, *passes)
+    report = engine.read_json(out / "moecompress" / "report.json")["allocation"]
+    assert report["predicted_kl"] == pytest.approx(rows[2]["predicted_kl"])  # the run decides on the same statistics
+    curve = [row["predicted_kl"] for row in report["curve"]]
+    assert len(curve) == 12 and curve == sorted(curve, reverse=True)
+    text = engine.command("plan", path, "--sweep", "2:2:1").out
+    assert "predicted KL" in text and "2 bits" in text
+
+
+@pytest.mark.parametrize("text", ["", "1:2", "2:1:1", "1:2:0", "a:b:c", "0:1:1", "1:9:0.001"])
+def test_a_sweep_that_is_none_is_refused(text: str, source: Path, tmp_path: Path) -> None:
+    passes = ({"allocate.global": {"budget": "2.5 bits"}}, RTN)
+    done = engine.command("plan", recipe(tmp_path, source, *passes), "--sweep", text)
+    assert done.code == 2 and "FIRST:LAST:STEP" in done.err
+
+
+def test_a_sweep_needs_an_allocation(source: Path, tmp_path: Path) -> None:
+    done = engine.command("plan", recipe(tmp_path, source, RTN), "--sweep", "1:2:1")
+    assert done.code == 2 and "no allocate.* pass" in done.err

@@ -53,8 +53,17 @@ def layer(rng: random.Random, index: int, experts: int) -> dict[str, Any]:
             "aligned": [],
         },
         "output_error": 0.01 + 0.003 * index * rng.random(),
+        "notes": {},
+        "use": {"experts_before": 8.0, "experts": 6 + rng.random(), "bytes_before": 4e7, "bytes": 7e6 * rng.random()},
         "experts": rows,
     }
+
+
+def budget(bits: float) -> dict[str, Any]:
+    """What a budget gives; the first one of a curve cannot be kept."""
+    problem = "too small even for 1 bits everywhere" if bits == 1 else None
+    known = {"mean_bits": bits, "stored_bits_per_weight": bits + 0.5, "predicted_cost": 9.0, "predicted_kl": 4**-bits}
+    return {"budget": f"{bits:g} bits", **(dict.fromkeys(known) if problem else known), "problem": problem}
 
 
 def report_data(layers: int, experts: int) -> dict[str, Any]:
@@ -119,6 +128,12 @@ def report_data(layers: int, experts: int) -> dict[str, Any]:
             },
         ],
         "layers": [layer(rng, i, experts) for i in range(layers)],
+        "allocation": {
+            "name": "allocate.global",
+            **budget(2.5),
+            "gap": 1e-6,
+            "curve": [budget(1 + 0.5 * step) for step in range(7)],
+        },
         "warnings": ["layer 0: 3 experts saw fewer than 64 tokens; rounded to nearest instead"],
         "loadable": {
             "transformers": {"status": "tested", "reason": "loaded in a fresh process, logits compared"},

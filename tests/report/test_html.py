@@ -10,6 +10,8 @@ import pytest
 from pages import Checker
 
 from moecompress.report.html import render_html, tiles
+from moecompress.report.maps import bit_maps
+from moecompress.report.markdown import render_markdown
 from moecompress.report.schema import Evaluation, Metric, ModelInfo, Report
 
 Make = Callable[[int, int], Report]
@@ -122,3 +124,25 @@ def test_largest_model_stays_small(make_report: Make, make_evaluation: Callable[
     page = render_html(make_report(61, 256), make_evaluation(61))
     assert len(page.encode()) < 5_000_000
     assert Checker(page).count("details") == 61
+
+
+def test_what_a_token_uses_and_the_budget_curve_are_shown(make_report: Callable[[int, int], Report]) -> None:
+    report = make_report(3, 8)
+    page, text = render_html(report, None), render_markdown(report, None)
+    shown = {tile.label: f"{tile.value} | {tile.note}" for tile in tiles(report, None)}
+    assert shown["Expert bytes per decoded token"].startswith("114\u00a0MiB")  # 3 layers of 4e7 bytes
+    assert "of 8.00 experts per token and layer" in shown["Expert bytes per decoded token"]
+    for words in ("Budget curve of allocate.global", "Experts used per token and layer", "this run", "predicted KL"):
+        assert words in page, words
+    assert "2.5 bits: 3.000 stored bits per weight, predicted KL 0.03125" in page
+    assert "too small even for 1 bits everywhere" in page and "too small even for 1 bits everywhere" in text
+    assert "expert bytes per decoded token" in text and "| this run |" in text
+
+
+def test_experts_of_no_bits_have_a_colour_and_a_name(make_data: Callable[[int, int], dict[str, Any]]) -> None:
+    data = make_data(1, 4)
+    for expert in data["layers"][0]["experts"]:
+        expert |= {"bits": {"gate_up": 2, "down": 2}, "action": "quantized"}
+    data["layers"][0]["experts"][1] |= {"bits": {"gate_up": 0, "down": 0}, "action": "pruned"}
+    (drawn,) = bit_maps(Report.model_validate(data).layers)
+    assert dict(drawn.legend)["gone"] == "0 bit (left out)" and "1 x 0 bit, 3 x 2 bit" in drawn.drawing
