@@ -38,9 +38,8 @@ MC_KERNEL(32 * kUpWarps, 2) decode_up(UpParams p) {
   const int pitch = m.max_stride, slot_bytes = kTiles * pitch, row_tile = blockIdx.x * kTiles;
   unsigned char* ring = shared + warp * p.stages * slot_bytes;
   const int begin = warp * m.column_tiles / kUpWarps, end = (warp + 1) * m.column_tiles / kUpWarps;
-  const unsigned long long policy = evict_first();
   for (int i = 0; i < p.stages - 1; ++i) {
-    if (begin + i < end) stage_tiles<kTiles>(ring + i * slot_bytes, pitch, m, d, row_tile, begin + i, lane, policy);
+    if (begin + i < end) stage_tiles<kTiles>(ring + i * slot_bytes, pitch, m, d, row_tile, begin + i, lane);
     copy_commit();
   }
   const int token = lane / 4;
@@ -53,7 +52,7 @@ MC_KERNEL(32 * kUpWarps, 2) decode_up(UpParams p) {
     Word4 x[kBlocks];
     load_activations(row, m.columns, tile, lane, x);
     const int ahead = tile + p.stages - 1;  // into the slot that the warp left at the end of the last turn
-    if (ahead < end) stage_tiles<kTiles>(ring + filled * slot_bytes, pitch, m, d, row_tile, ahead, lane, policy);
+    if (ahead < end) stage_tiles<kTiles>(ring + filled * slot_bytes, pitch, m, d, row_tile, ahead, lane);
     copy_commit();
     filled = filled + 1 == p.stages ? 0 : filled + 1;
     wait_for_stage(p.stages);
@@ -165,12 +164,11 @@ MC_KERNEL(32 * kDownWarps, 2) decode_down(DownParams p) {
   unsigned char* ring = rest + warp * p.stages * pitch;
   const int begin = static_cast<int>(static_cast<long long>(warp) * units / kDownWarps);
   const int end = static_cast<int>(static_cast<long long>(warp + 1) * units / kDownWarps);
-  const unsigned long long policy = evict_first();
   for (int i = 0; i < p.stages - 1; ++i) {
     const int unit = begin + i;
     if (unit < end)
       stage_tiles<1>(ring + i * pitch, pitch, m, c.described[unit / m.column_tiles], blockIdx.x, unit % m.column_tiles,
-                     lane, policy);
+                     lane);
     copy_commit();
   }
   wait_previous();  // from here on: what that kernel wrote
@@ -184,7 +182,7 @@ MC_KERNEL(32 * kDownWarps, 2) decode_down(DownParams p) {
                      m.columns, tile, lane, x);
     if (ahead < end)
       stage_tiles<1>(ring + filled * pitch, pitch, m, c.described[ahead / m.column_tiles], blockIdx.x,
-                     ahead % m.column_tiles, lane, policy);
+                     ahead % m.column_tiles, lane);
     copy_commit();
     filled = filled + 1 == p.stages ? 0 : filled + 1;
     wait_for_stage(p.stages);

@@ -7,14 +7,14 @@
 
 namespace mc {
 
-// Block kBlock of a tile: two steps of the mma for each of kTiles row tiles.
+// Block kBlock, 0 or 1, of half a tile: two steps of the mma for each of kTiles row tiles.
 template <class T, int kBits, int kTiles, int kBlock>
-MC_DEVICE void multiply_block(const unsigned (&words)[kTiles][2 * kBits], const Word4& x, float (&acc)[kTiles][4],
+MC_DEVICE void multiply_block(const unsigned (&words)[kTiles][kBits], const Word4& x, float (&acc)[kTiles][4],
                               float (&sums)[4], bool with_sums) {
 #pragma unroll
   for (int r = 0; r < kTiles; ++r) {
     unsigned a[8];
-    fragments<T, kBits, kBlock % 2>(words[r] + kBlock / 2 * kBits, a);
+    fragments<T, kBits, kBlock>(words[r], a);
     T::mma(acc[r], a, x.x, x.y);
     T::mma(acc[r], a + 4, x.z, x.w);
   }
@@ -54,22 +54,19 @@ MC_DEVICE void close_group(const unsigned char* tiles, int pitch, const Descript
 template <class T, int kBits, int kTiles>
 MC_DEVICE void multiply_tile(const unsigned char* tiles, int pitch, const Descriptor& d, const Word4 (&x)[kBlocks],
                              int lane, float weight0, float weight1, float (&total)[kTiles][4]) {
-  unsigned words[kTiles][2 * kBits];
-#pragma unroll
-  for (int r = 0; r < kTiles; ++r) {
-    load_words<kBits>(tiles + r * pitch, lane, 0, words[r]);
-    load_words<kBits>(tiles + r * pitch, lane, 1, words[r] + kBits);
-  }
   float acc[kTiles][4] = {}, sums[4] = {};
   const bool with_sums = has_offset(d);
-  multiply_block<T, kBits, kTiles, 0>(words, x[0], acc, sums, with_sums);
-  if (d.groups == 4) close_group(tiles, pitch, d, lane, 0, weight0, weight1, acc, sums, total);
-  multiply_block<T, kBits, kTiles, 1>(words, x[1], acc, sums, with_sums);
-  if (d.groups >= 2) close_group(tiles, pitch, d, lane, d.groups / 2 - 1, weight0, weight1, acc, sums, total);
-  multiply_block<T, kBits, kTiles, 2>(words, x[2], acc, sums, with_sums);
-  if (d.groups == 4) close_group(tiles, pitch, d, lane, 2, weight0, weight1, acc, sums, total);
-  multiply_block<T, kBits, kTiles, 3>(words, x[3], acc, sums, with_sums);
-  close_group(tiles, pitch, d, lane, d.groups - 1, weight0, weight1, acc, sums, total);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    unsigned words[kTiles][kBits];
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) load_words<kBits>(tiles + r * pitch, lane, half, words[r]);
+    multiply_block<T, kBits, kTiles, 0>(words, x[2 * half], acc, sums, with_sums);
+    if (d.groups == 4) close_group(tiles, pitch, d, lane, 2 * half, weight0, weight1, acc, sums, total);
+    multiply_block<T, kBits, kTiles, 1>(words, x[2 * half + 1], acc, sums, with_sums);
+    if (half == 1 || d.groups > 1)
+      close_group(tiles, pitch, d, lane, (half + 1) * d.groups / 2 - 1, weight0, weight1, acc, sums, total);
+  }
 }
 
 template <class T, int kTiles>
@@ -94,7 +91,8 @@ MC_DEVICE void multiply_any(const unsigned char* tiles, int pitch, const Descrip
 // Start copying kTiles tiles, the same column of neighbouring row tiles, into a slot of the ring.
 template <int kTiles>
 MC_DEVICE void stage_tiles(unsigned char* to, int pitch, const McMatrix& m, const Descriptor& d, int row_tile,
-                           int column_tile, int lane, unsigned long long policy) {
+                           int column_tile, int lane) {
+  const unsigned long long policy = evict_first();
   const unsigned char* blob = static_cast<const unsigned char*>(m.blob) + 16ll * d.offset;
 #pragma unroll
   for (int r = 0; r < kTiles; ++r) {

@@ -1,0 +1,125 @@
+"""The CUDA sources compile for every architecture, within limits of registers and without spills. No device needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cudashim
+import pytest
+
+from moecompress_kernels import cuda_build
+from moecompress_kernels.build import CACHE, SOURCES, BuildError
+
+LIMITS = {"decode_up": 128, "decode_down": 64, "prefill": 255}  # what two blocks, two blocks, one block may have
+LINE = re.compile(
+    r"Compiling entry function '(\S+)' for '(\w+)'.*?"
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    re.S,
+)
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> list[str]:
+    try:
+        return cuda_build.find_nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def compiled(nvcc: list[str], unit: str, architectures: tuple[str, ...], out: Path) -> list[tuple[str, str, int, int]]:
+    """(kernel, architecture, bytes of spills, registers) of every kernel in a unit."""
+    flags = [*cuda_build.FLAGS, *cuda_build.targets(architectures), "-Xptxas", "-v"]
+    command = [*nvcc, *flags, "-c", str(SOURCES / f"{unit}.cu"), "-o", str(out / "unit.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [(name, arch, int(a) + int(b), int(used)) for name, arch, a, b, used in LINE.findall(done.stderr)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unit", "architectures", "kernels"),
+    [
+        ("cuda_decode", cuda_build.ARCHITECTURES, 6),  # up: 2 types x gated or not; down: 2 types
+        ("cuda_prefill", ("80", "90a"), 6),  # 2 types x (2 shapes, sum)
+        ("cuda_sort", ("90a",), 3),
+        ("cuda_repack", ("90a",), 2),
+    ],
+)
+def test_no_spills_on_any_architecture(
+    unit: str, architectures: tuple[str, ...], kernels: int, nvcc: list[str], tmp_path: Path
+) -> None:
+    found = compiled(nvcc, unit, architectures, tmp_path)
+    assert sorted({arch for _, arch, _, _ in found}) == sorted(f"sm_{one}" for one in architectures)
+    assert len(found) == kernels * len(architectures)
+    for name, arch, spills, registers in found:
+        assert spills == 0, f"{name} on {arch} spills {spills} bytes"
+        limit = next((most for part, most in LIMITS.items() if part in name), 64)
+        assert registers <= limit, f"{name} on {arch}: {registers} registers, limit {limit}"
+
+
+def test_architectures_of_devices() -> None:
+    wanted = {(8, 0): "80", (8, 6): "86", (8, 7): "86", (8, 9): "89", (9, 0): "90a", (10, 0): "80", (12, 0): "80"}
+    assert {one: cuda_build.architecture_of(one) for one in wanted} == wanted
+
+
+def test_without_nvcc_the_reason_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("NVCC", raising=False)
+    with pytest.raises(BuildError, match="no nvcc found"):
+        cuda_build.find_nvcc()
+    monkeypatch.setenv("NVCC", "nowhere")
+    with pytest.raises(BuildError, match="that NVCC names, nowhere, does not exist"):
+        cuda_build.find_nvcc()
+
+
+def fake_nvcc(folder: Path, script: str) -> Path:
+    path = folder / "nvcc"
+    path.write_text(f"#!{sys.executable}\nimport sys, pathlib\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+WRITES = "out = pathlib.Path(sys.argv[sys.argv.index('-o') + 1]); out.write_text('built')"
+
+
+def test_a_library_is_built_once_for_each_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = f"{WRITES}\nopen({str(log)!r}, 'a').write(' '.join(sys.argv) + chr(10))"
+    monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path, script)))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    first, how = cuda_build.cached_cuda((9, 0))
+    assert first.read_text() == "built" and how.startswith("built into the cache")
+    calls = log.read_text().splitlines()
+    assert len(calls) == len(cuda_build.UNITS) + 1
+    assert all("arch=compute_90a,code=sm_90a" in call for call in calls[:-1]) and "-cudart static" in calls[-1]
+    assert cuda_build.cached_cuda((9, 0)) == (first, f"from the cache {first.parent}")
+    assert len(log.read_text().splitlines()) == len(calls)
+    other, _ = cuda_build.cached_cuda((8, 6))
+    assert other != first and "sm_86" in log.read_text().splitlines()[len(calls)]
+
+
+def test_a_failing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path, "sys.exit('unsupported host compiler')")))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    with pytest.raises(BuildError, match="unsupported host compiler"):
+        cuda_build.cached_cuda((8, 0))
+    assert not list((tmp_path / "cache").rglob("cuda.so"))
+
+
+@pytest.mark.slow
+def test_no_access_out_of_bounds(tmp_path: Path) -> None:
+    """The kernels under AddressSanitizer, in a process of their own: all widths, all paths, ragged sizes."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    if not Path(runtime.strip()).is_absolute():
+        pytest.skip("no AddressSanitizer beside g++")
+    library = cudashim.compile_shim(tmp_path, ["-fsanitize=address"])
+    script = Path(__file__).with_name("sanitized.py")
+    environment = {"LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", str(script), str(library)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "ERROR: AddressSanitizer" not in done.stderr, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "done"
