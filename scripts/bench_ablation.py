@@ -1,12 +1,13 @@
 """What every part of MoEQuant and EAQuant is worth: one table of GPTQ with one part added, with all, and without one.
 
     python scripts/bench_ablation.py OUT --model DIR --tokens FILE.safetensors --text TEXT [--text TEXT ...]
-        [--ebss FILE.safetensors] [--minutes N] [ROW ...]
+        [--ebss FILE] [--ebss-paper FILE] [--minutes N] [ROW ...]
 
 A row is `method/width/seed`, e.g. `gptq/w3g32/0` (see METHODS, WIDTHS); default: all rows, three seeds at 3 and 2 bits.
-The seed draws `--samples` calibration sequences from `--tokens` (or `--ebss`). Each finished row is a line of
-OUT/rows.jsonl, so an interrupted table goes on where it stopped; rows whose parts are not there are named and left out.
-OUT/table.md is written again after each row. `--minutes` stops after a row when so much time has passed.
+The seed draws `--samples` calibration sequences from `--tokens` (text), from `--ebss` (sampled by the model), or half
+of each. Each finished row is a line of OUT/rows.jsonl, so an interrupted table goes on where it stopped; rows
+whose parts are not there are named and left out. OUT/table.md is written again after each row. `--minutes` stops after
+a row when so much time has passed.
 """
 
 from __future__ import annotations
@@ -50,28 +51,36 @@ METHODS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "gptq": (gptq(), "text"),
     "+rotation": (gptq(ROTATE), "text"),
     "+ebss": (gptq(), "ebss"),
+    "+ebss-paper": (gptq(), "ebss-paper"),
+    "+half-ebss": (gptq(), "half"),
     "+agq": (gptq(**AGQ), "text"),
     "+agq2": (gptq(**AGQ, power=2), "text"),
-    "+balance": (gptq(), "balanced"),
+    "+balance": (gptq(), "text-balanced"),
     "+router": (gptq(ROUTER), "text"),
-    "all": (gptq(ROTATE, ROUTER, **AGQ), "balanced-mix"),
+    "all": (gptq(ROTATE, ROUTER, **AGQ), "half-balanced"),
+    "all-rotation": (gptq(ROUTER, **AGQ), "half-balanced"),
     "mse": (gptq(grid="mse"), "text"),
     "mse+agq": (gptq(grid="mse", **AGQ), "text"),
     "mse+router": (gptq(ROUTER, grid="mse"), "text"),
-    "all+mse": (gptq(ROTATE, ROUTER, grid="mse", **AGQ), "balanced-mix"),
+    "mse+all": (gptq(ROTATE, ROUTER, grid="mse", **AGQ), "half-balanced"),
+    "mse+agq2+router": (gptq(ROUTER, grid="mse", **AGQ, power=2), "text"),
     "learned": (learned(), "text"),
     "learned+router": (learned(ROUTER), "text"),
-    "all+learned": (learned(ROTATE, ROUTER), "balanced-mix"),
+    "learned+all": (learned(ROTATE, ROUTER), "half-balanced"),
 }
+#: `-balanced`: rows are chosen from so many times more, so that experts are used evenly
+BALANCE: dict[str, Any] = {"pool": 2.5, "fill": "even", "grow": False}
 DEFAULT = tuple(f"{method}/{width}/{seed}" for width in WIDTHS for method in METHODS for seed in SEEDS[width])
 
 
-def drawn(files: Sequence[Path], seed: int, samples: int, target: Path) -> Path:
-    """`samples` sequences of the files together, drawn by the seed, as a file of their own."""
+def drawn(files: Sequence[Path], seed: int, rows: int, target: Path) -> Path:
+    """`rows` sequences, as many of each file, drawn and mixed by the seed, as a file of their own."""
     if not target.is_file():
-        rows = torch.cat([next(iter(load_file(file).values())).long() for file in files])
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
-        save_file({"ids": rows[order.sort().values].contiguous()}, target)
+        generator = torch.Generator().manual_seed(seed)
+        parts = [next(iter(load_file(file).values())).long() for file in files]
+        taken = [part[torch.randperm(len(part), generator=generator)[: -(-rows // len(parts))]] for part in parts]
+        mixed = torch.cat(taken)
+        save_file({"ids": mixed[torch.randperm(len(mixed), generator=generator)].contiguous()}, target)
     return target
 
 
@@ -79,13 +88,15 @@ def calibration(source: str, seed: int, arguments: argparse.Namespace) -> dict[s
     """The recipe's calibration for one source of tokens."""
     if source == "none":
         return {}
-    files = {"text": [arguments.tokens], "ebss": [arguments.ebss]}.get(source, [arguments.tokens])
-    if source == "balanced-mix" and arguments.ebss:
-        files = [arguments.tokens, arguments.ebss]
-    name = f"{source}-{seed}.safetensors"
-    file = drawn(files, seed, arguments.samples, arguments.out / name)
+    kind = source.removesuffix("-balanced")
+    named = {"text": ["tokens"], "ebss": ["ebss"], "ebss-paper": ["ebss_paper"], "half": ["tokens", "ebss"]}
+    files = [getattr(arguments, name) for name in named[kind]]
+    pool = int(arguments.samples * BALANCE["pool"]) if source.endswith("-balanced") else arguments.samples
+    target = arguments.out / f"{kind}-{pool}-{seed}.safetensors"
+    file = drawn(files, seed, pool, target)
     spec = {"source": "tokens", "files": [str(file)], "samples": arguments.samples, "length": arguments.length}
-    return {"calibration": {**spec, "heldout": 0}}
+    balance = {"balance": BALANCE} if source.endswith("-balanced") else {}
+    return {"calibration": {**spec, "heldout": 0, **balance}}
 
 
 def missing(row: str, arguments: argparse.Namespace) -> str | None:
@@ -96,7 +107,9 @@ def missing(row: str, arguments: argparse.Namespace) -> str | None:
     absent = [name for step in passes for name in step if name not in PASSES]
     if absent:
         return f"no pass {absent[0]}"
-    return "needs --ebss" if source == "ebss" and not arguments.ebss else None
+    if source == "ebss-paper" and not arguments.ebss_paper:
+        return "needs --ebss-paper"
+    return "needs --ebss" if source.startswith(("ebss", "half")) and not arguments.ebss else None
 
 
 def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -170,6 +183,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors with one integer tensor [N, T]: text")
     parser.add_argument("--ebss", type=Path, help="the same, sampled by the model itself")
+    parser.add_argument("--ebss-paper", type=Path, help="the same, by the published search")
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--length", type=int, default=512)
