@@ -21,8 +21,9 @@ from moecompress.types import ExpertWeights, LayerWeights, Scheme
 
 
 def set_of(job: Job, step: Pass) -> str:
-    """The token set a pass works on: the one it names, or the report's, or the probe."""
+    """The token set a pass works on: the (first) one it names, or the report's, or the probe."""
     name = getattr(step, "calibration", "default")
+    name = name[0] if isinstance(name, tuple) else name
     return name if name in job.tokens else (job.report_set or PROBE)
 
 
@@ -67,11 +68,13 @@ class _Again:
         self._site = job.model.facts.layers[before.index].site
         self._recorded: Partner | None = None
 
-    def collect(self, wanted: Sequence[Statistic], current: LayerWeights) -> Finished:
-        """Run the layer with `current` weights on the pass's stream for these statistics alone."""
+    def collect(self, wanted: Sequence[Statistic], weights: LayerWeights, calibration: str | None = None) -> Finished:
+        """Run the layer with `weights` on the pass's stream for these statistics alone."""
         partner = self._partner() if any(item.paired for item in wanted) else None
-        collector = Collector(self._site, wanted, self._run.tokens.heldout, partner=partner)
-        run_layer(self._job.model, current, self._run, self._stream, collector=collector, write=False)
+        run = self._run if calibration is None else self._job.tokens[calibration]
+        site = self._job.model.facts_of(weights).site
+        collector = Collector(site, wanted, run.tokens.heldout, partner=partner)
+        run_layer(self._job.model, weights, run, self._stream, collector=collector, write=False)
         return collector.finished()
 
     def _partner(self) -> Partner:

@@ -35,6 +35,7 @@ PASSES = table(
         ("prune.easy_ep", "moecompress.passes.prune_easy_ep:PruneEasyEP"),
         ("prune.frequency", "moecompress.passes.prune_frequency:PruneFrequency"),
         ("prune.gate", "moecompress.passes.prune_gate:PruneGate"),
+        ("prune.neurons", "moecompress.passes.prune_neurons:PruneNeurons"),
         ("prune.odp", "moecompress.passes.prune_odp:PruneODP"),
         ("prune.otp", "moecompress.passes.prune_otp:PruneOTP"),
         ("prune.random", "moecompress.passes.prune_random:PruneRandom"),

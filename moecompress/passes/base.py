@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -49,7 +49,14 @@ class Decision:
 Forward = Callable[[ExpertWeights, Tensor], Tensor]
 ForwardRounded = Callable[[ExpertWeights, Tensor, Scheme], Tensor]
 RowsToHidden = Callable[[Tensor], Tensor]
-Collect = Callable[[Sequence[Statistic], LayerWeights], Mapping[str, Mapping[str, Tensor]]]
+
+
+class Collect(Protocol):
+    """Runs the layer with these weights once more; finished statistics by name. calibration: another token set."""
+
+    def __call__(
+        self, wanted: Sequence[Statistic], weights: LayerWeights, calibration: str | None = None
+    ) -> Mapping[str, Mapping[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from moecompress.arch.quirks import NO_RESIDUAL
@@ -20,10 +22,17 @@ class PruneEasyEP(Pruning):
     s_t says how much the routed experts turn the residual stream of token t; shared experts play no part. The paper's
     tokens are prompts of the domain with the model's own answers; on such a domain it keeps 50 % of the experts with
     little loss, and other domains are lost.
+
+    calibration: the names of several sets, one per domain, mix them: each domain's scores are divided by their sum in
+    the layer and averaged, so that every domain counts alike, however long its demonstrations are.
     """
 
     name: ClassVar[str] = "prune.easy_ep"
     paper: ClassVar[str] = "2504.06792"
+
+    calibration: str | tuple[str, ...] = Field(  # type: ignore[assignment]
+        "default", description="name of the calibration set that experts are judged on, or one name per domain"
+    )
 
     def needs(self) -> tuple[Statistic, ...]:
         return (*super().needs(), TokenContributions())
@@ -38,4 +47,11 @@ class PruneEasyEP(Pruning):
         return problems
 
     def scores(self, context: LayerContext) -> Tensor:
-        return context.statistics["token_contributions"]["score"]
+        first = context.statistics["token_contributions"]["score"]
+        if not isinstance(self.calibration, tuple):
+            return first
+        wanted, weights = [TokenContributions()], context.weights
+        others = [context.collect(wanted, weights, name)["token_contributions"] for name in self.calibration[1:]]
+        found = [first, *(other["score"] for other in others)]
+        tiny = torch.finfo(torch.float64).tiny
+        return torch.stack([score / score.sum().clamp_min(tiny) for score in found]).mean(0)

@@ -176,9 +176,11 @@ def _pass(item: Node, index: int, sets: tuple[str, ...], problems: list[str]) ->
     body = Node({}, body.where) if body.value is None else body
     params = validate(model, body, ("passes", index, name), problems)
     named = body.child("calibration")
-    if named is not None and named.value is not None and named.plain() not in sets:
-        problems.append(
-            f"{named.where}: passes[{index}].{name}.calibration: {named.plain()!r} is no calibration set"
-            f"{suggest(str(named.plain()), sets)}"
-        )
+    plain = None if named is None else named.plain()
+    for wanted in plain if isinstance(plain, list) else [plain]:
+        if named is not None and wanted is not None and wanted not in sets:
+            problems.append(
+                f"{named.where}: passes[{index}].{name}.calibration: {wanted!r} is no calibration set"
+                f"{suggest(str(wanted), sets)}"
+            )
     return None if params is None else PassSpec(name=name, params=params, where=body.where)
