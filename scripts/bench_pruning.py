@@ -1,8 +1,10 @@
-"""Expert pruning on one model: perplexity and KL per domain for every score, at several kept fractions. Resumable.
+"""Fewer experts on one model: perplexity and KL per domain for every method, at several kept fractions. Resumable.
 
     python scripts/bench_pruning.py OUT --model DIR --tokens FILE.safetensors --text TEXT [--text TEXT ...] [ROW ...]
 
-Rows are `method-keep`, e.g. `reap-0.75` or `random.1-0.5` (seed 1). Every row is a run of its own; finished rows are
+Rows are `method-keep`, e.g. `reap-0.75` or `random.1-0.5` (seed 1). `easy_ep@code-0.5` is judged on demonstrations of
+one domain instead: prompts cut from the text given by `--prompts code=FILE`, each with the model's own reply.
+`easy_ep+gptq3-0.75` is quantized afterwards; keep 1 removes nothing. Every row is a run of its own; finished rows are
 kept in OUT/rows.json, so an interrupted table goes on where it stopped; OUT/table.md is written again after each row.
 """
 
@@ -10,12 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 METHODS: dict[str, dict[str, Any]] = {
     "frequency": {"prune.frequency": {}},
@@ -25,13 +32,65 @@ METHODS: dict[str, dict[str, Any]] = {
     "man": {"prune.score": {"b": 1.0, "alpha": 0, "beta": 1}},
     "score022": {"prune.score": {"b": 0.0, "alpha": 2, "beta": 2}},
     "easy_ep": {"prune.easy_ep": {}},
+    "easy_ep.global": {"prune.easy_ep": {"counts": "global"}},
+    "uncurl": {"merge.uncurl": {}},
+    "uncurl.mean": {"merge.uncurl": {"router": "mean"}},
+    "uncurl.map": {"merge.uncurl": {"router": "expert_map"}},
+    "hc_smoe": {"merge.hc_smoe": {}},
+    "m_smoe": {"merge.m_smoe": {}},
+    "m_smoe.global": {"merge.m_smoe": {"counts": "global"}},
+    **{f"dern.{share}": {"merge.dern": {"threshold": share / 10}} for share in range(1, 7)},
+    "neurons": {"prune.neurons": {}},
+    "neurons.plain": {"prune.neurons": {"compensate": False}},
     **{f"random.{seed}": {"prune.random": {"seed": seed}} for seed in range(3)},
 }
+LATER: dict[str, list[dict[str, Any]]] = {
+    "": [],
+    **{f"gptq{bits}": [{"quantize.gptq": {"bits": bits, "group_size": 32}}] for bits in (2, 3, 4)},
+    "global2.6": [
+        {"allocate.global": {"bits": [1, 2, 3, 4], "budget": "2.625 bpw"}},
+        {"quantize.gptq": {"group_size": 32}},
+    ],
+}
 KEEP = ("0.75", "0.5")
+ROWS = [f"{method}-{keep}" for keep in KEEP for method in METHODS]
+PROMPT = 600  # characters
+Score = Callable[[Path], dict[str, dict[str, float]]]
 
 
-def outcome(data: dict[str, Any], folder: Path, texts: list[str], windows: int) -> dict[str, Any]:
-    """Run a recipe in `folder` and evaluate its result: the report, and per text perplexity and KL. Nothing stays."""
+def work(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's calibration and passes."""
+    rest, _, keep = row.rpartition("-")
+    rest, _, later = rest.partition("+")
+    method, _, domain = rest.partition("@")
+    ((name, options),) = METHODS[method].items()
+    first = [] if float(keep) == 1 else [{name: {**options, "keep": float(keep)}}]
+    sets: dict[str, Any] = {"samples": arguments.samples, "length": arguments.length, "heldout": 0}
+    if not domain:
+        sets |= {"source": "tokens", "files": [str(arguments.tokens)]}
+    else:
+        sets |= {"source": "answers", "files": [str(prompts(domain, arguments))], "samples": arguments.demonstrations}
+        sets |= {"max_tokens": 384, "temperature": 1.0, "cache": str(arguments.out / "answers")}
+    return {"calibration": sets, "passes": first + LATER[later]}
+
+
+def prompts(domain: str, arguments: argparse.Namespace) -> Path:
+    """A file of prompts: evenly spaced pieces of the domain's text."""
+    path: Path = arguments.out / f"prompts-{domain}.jsonl"
+    text = Path(dict(pair.split("=", 1) for pair in arguments.prompts)[domain]).read_text("utf-8")
+    count = 3 * arguments.demonstrations
+    starts = range(0, len(text) - PROMPT, max(1, (len(text) - PROMPT) // count))
+    path.write_text("".join(json.dumps({"text": text[at : at + PROMPT]}) + "\n" for at in starts))
+    return path
+
+
+def outcome(
+    data: dict[str, Any], folder: Path, texts: list[str], windows: int, score: Score | None = None
+) -> dict[str, Any]:
+    """Run a recipe in `folder` and evaluate its result: the report, and per text perplexity and KL. Nothing stays.
+
+    score: another way to evaluate the output directory.
+    """
     from moecompress.evaluate import evaluate_dir
     from moecompress.recipe import load_recipe
     from moecompress.run import run
@@ -44,27 +103,59 @@ def outcome(data: dict[str, Any], folder: Path, texts: list[str], windows: int) 
     began, cpu = time.perf_counter(), time.process_time()
     out = run(load_recipe(folder / "recipe.yaml"))
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    found = evaluate_dir(out, texts, Path(data["model"]), windows=windows)
     report = json.loads((out / "moecompress" / "report.json").read_text())
+    found = score(out) if score else evaluate_dir(out, texts, Path(data["model"]), windows=windows)
     shutil.rmtree(folder)
+    if score:
+        return {"seconds": seconds, "cpu_seconds": cpu, "report": report, **found}
     perplexity = {text: value["value"] for text, value in found["perplexity"].items()}
     measures = {"perplexity": perplexity, "kl": dict(found["kl"]), "router_agreement": found["router_agreement"]}
     return {"seconds": seconds, "cpu_seconds": cpu, "report": report, **measures}
 
 
 def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run and evaluate one row: seconds, bytes, and per text perplexity and KL."""
-    method, _, keep = row.rpartition("-")
-    (name, options), folder = next(iter(METHODS[method].items())), arguments.out / row
-    tokens = {"source": "tokens", "files": [str(arguments.tokens)], "samples": arguments.samples, "heldout": 0}
-    data = {
-        "model": str(arguments.model),
-        "calibration": {**tokens, "length": arguments.length},
-        "passes": [{name: {**options, "keep": float(keep)}}],
-    }
-    found = outcome(data, folder, arguments.text, arguments.windows)
-    size = found["report"]["size"]["output_bytes"]
-    return {"seconds": found["seconds"], "bytes": size, "perplexity": found["perplexity"], "kl": found["kl"]}
+    """Run and evaluate one row: CPU seconds, bytes, notes of the layers, and per text perplexity and KL."""
+    from moecompress import finish
+
+    # the evaluation loads every output through transformers, too
+    finish.reload_check = lambda job: {"how": "loaded by the benchmark", "whole": True, "difference": 0.0}
+    data = {"model": str(arguments.model), **work(row, arguments)}
+    found = outcome(data, arguments.out / row, arguments.text, arguments.windows, lambda out: scored(out, arguments))
+    report = found["report"]
+    notes = [layer["notes"] for layer in report["layers"]]
+    kept = {"seconds": found["cpu_seconds"], "bytes": report["size"]["output_bytes"], "notes": notes}
+    return {**kept, "perplexity": found["perplexity"], "kl": found["kl"]}
+
+
+def scored(out: Path, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Perplexity and KL(original || this) per text by the rule of `moecompress eval`, whole models in memory.
+
+    The original's log-probabilities are made once and kept in OUT.
+    """
+    from moecompress.evaluate import token_sets
+    from moecompress.load import load
+
+    found: dict[str, dict[str, float]] = {"perplexity": {}, "kl": {}}
+    model, base = load(out, dtype=torch.float32), None
+    for tokens in token_sets(out, arguments.text, model.config.vocab_size, 512, arguments.windows, 400_000):
+        name, nll, kl = str(tokens.origin["text"]), 0.0, 0.0
+        kept = arguments.out / f"reference-{Path(name).stem}-{arguments.windows}.safetensors"
+        if not kept.is_file():
+            base = base or load(arguments.model, dtype=torch.float32)
+            save_file({"logp": torch.cat([log_probabilities(base, ids) for ids in tokens.ids])}, kept)
+        wanted = load_file(kept)["logp"].split(tokens.ids.shape[1] - 1)
+        for ids, p in zip(tokens.ids, wanted, strict=True):
+            q = log_probabilities(model, ids)
+            nll -= float(q.gather(1, ids[1:, None]).double().mean())
+            kl += float((p.exp() * (p - q)).double().sum(-1).mean())
+        found["perplexity"][name], found["kl"][name] = math.exp(nll / len(wanted)), kl / len(wanted)
+    return found
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, ids: Tensor) -> Tensor:
+    """float32 [T - 1, V] for ids [T]."""
+    return model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)  # type: ignore[no-any-return]
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -88,10 +179,12 @@ def main() -> None:
     """Measure the rows that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("rows", nargs="*", default=[f"{method}-{keep}" for keep in KEEP for method in METHODS])
+    parser.add_argument("rows", nargs="*", default=ROWS)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors with int32 `ids` [N, T]")
     parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--prompts", action="append", default=[], help="DOMAIN=TEXT, what prompts are cut from")
+    parser.add_argument("--demonstrations", type=int, default=64, help="sequences of prompts and replies per domain")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
