@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moecompress.arch.quirks import router_names, shape_names
 from moecompress.arch.sites import extra_rows
-from moecompress.types import LayerFacts, LayerWeights, MoESite, QuantizedTensor, Weight
+from moecompress.types import LayerFacts, LayerWeights, ModelFacts, MoESite, QuantizedTensor, Weight
+
+_NEVER = -1e4  # a bias that loses against every score
 
 
 def resized_facts(layer: LayerFacts, site: MoESite) -> LayerFacts:
@@ -46,6 +48,36 @@ def keep_experts(layer: LayerFacts, weights: LayerWeights, kept: Sequence[int]) 
     sources = tuple(weights.source_ids[i] for i in kept)
     experts = tuple(weights.experts[i] for i in kept)
     return replace(weights.with_tensors(changed), experts=experts, sources=sources)
+
+
+def padding_problem(facts: ModelFacts, layer: LayerFacts) -> str | None:
+    """Why empty experts cannot be kept out of this layer's routing exactly; None where a bias does it.
+
+    A correction bias decides who is chosen where every expert is scored by itself; the bias of a router's matrix, where
+    the weights are those of the chosen alone. With a softmax over all experts an empty one would take its share.
+    """
+    biases = [name for name in layer.expert_dims if "bias" in name]
+    assert layer.site is not None
+    if biases and (facts.scoring == "sigmoid" or f"{layer.site.router}.bias" in biases):
+        return None
+    return "uneven_layers: pad: this router has no bias that keeps empty experts out exactly; use native or uniformize"
+
+
+def without_experts(layer: LayerFacts, weights: LayerWeights, empty: Sequence[int]) -> LayerWeights:
+    """The layer with zeros for these of its experts, which its router never chooses (see `padding_problem`)."""
+    if not empty:
+        return weights
+    changed: dict[str, Weight] = {}
+    for name, dim in layer.expert_dims.items():
+        value = weights.tensors[name]
+        assert isinstance(value, Tensor)
+        changed[name] = value.index_fill(dim, torch.tensor(empty), _NEVER if "bias" in name else 0.0)
+    experts = list(weights.experts)
+    for place in empty:
+        parts = vars(experts[place]).items()
+        zeros = {name: torch.zeros_like(part) for name, part in parts if isinstance(part, Tensor)}
+        experts[place] = replace(experts[place], **zeros)  # type: ignore[arg-type]
+    return weights.with_tensors(changed).with_experts(tuple(experts))
 
 
 def resized_config(config: Any, before: MoESite, after: MoESite) -> Any:

@@ -101,6 +101,8 @@ class AlignRouter(Pass):
         return True
 
     def check(self, facts: ModelFacts) -> list[str]:
+        if any(layer.site is not None and layer.site.shared_ids is not None for layer in facts.moe_layers):
+            return ["ids of the router share experts (router: expert_map): its place is before the merge"]
         without = [layer.index for layer in facts.moe_layers if router_matrix(layer) is None]
         problems = [f"layers {without} have no single matrix between hidden state and experts"] if without else []
         renormalised = facts.config.get("norm_topk_prob", True) is not False

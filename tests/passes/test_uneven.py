@@ -137,3 +137,43 @@ def test_groups_with_a_budget_for_the_model(tmp_path: Path) -> None:
     assert sum(map(len, kept_experts(out))) == 18
     step = PruneREAP(keep=0.75, counts="global", group_policy="ungroup")
     assert "ungroup" in step.check(open_model(source).facts)[0]
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "minimax_m2", "gpt_oss", "glm4_moe", "afmoe"])
+def test_empty_experts_make_a_plain_checkpoint_of_the_same_function(model_type: str, tmp_path: Path) -> None:
+    source = families.save_tiny(model_type, tmp_path / "model", torch.float32)
+    layers = len(open_model(source).facts.moe_layers)
+    keep = {"keep": [6, 4, 4, 6][:layers]}
+    outs = []
+    for uneven in ("native", "pad"):
+        passes = [{"prune.reap": {**keep, "uneven_layers": uneven}}]
+        outs.append(execute(tmp_path / uneven, source, passes))
+    logits = [engine.streamed_logits(open_model(out), IDS, tmp_path / f"{out.parent.name}-hidden") for out in outs]
+    assert engine.difference(logits[1], logits[0]) < 1e-5
+    report = engine.read_json(outs[1] / "moecompress" / "report.json")
+    assert report["format"] == "dense" and "quantization_config" not in engine.read_json(outs[1] / "config.json")
+    assert {layer.site.num_experts for layer in open_model(outs[1]).facts.moe_layers if layer.site} == {6}
+    generates(outs[1])
+
+
+def test_a_budget_for_the_model_can_be_padded_or_made_equal(tmp_path: Path) -> None:
+    source = families.save_tiny("deepseek_v3", tmp_path / "model", torch.float32)
+    whole = {"keep": 0.5, "counts": "global"}
+    logits = []
+    for uneven in ("native", "pad"):
+        out = execute(tmp_path / uneven, source, [{"prune.reap": {**whole, "uneven_layers": uneven}}])
+        logits.append(engine.streamed_logits(open_model(out), IDS, tmp_path / f"{uneven}-hidden"))
+    assert engine.difference(logits[1], logits[0]) < 1e-5
+    assert engine.read_json(out / "config.json")["n_routed_experts"] == 8
+    out = execute(tmp_path / "equal", source, [{"prune.reap": {**whole, "uneven_layers": "uniformize"}}])
+    assert [len(kept) for kept in kept_experts(out)] == [4, 4, 4]
+    passes = [{"prune.reap": {"keep": [4, 8, 6], "uneven_layers": "uniformize"}}]
+    assert [len(kept) for kept in kept_experts(execute(tmp_path / "list", source, passes))] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "ernie4_5_moe"])
+def test_padding_that_would_not_be_exact_is_refused(model_type: str, tmp_path: Path) -> None:
+    source = families.save_tiny(model_type, tmp_path / "model")
+    passes = [{"prune.reap": {"keep": 0.5, "counts": "global", "uneven_layers": "pad"}}]
+    done = engine.command("plan", engine.write_recipe(tmp_path, source, passes))
+    assert done.code == 2 and "no bias that keeps empty experts out" in done.out + done.err
