@@ -23,10 +23,10 @@ from moecompress.planned import Plan, Sweep
 from moecompress.portable import portable_problems
 from moecompress.recipe import Recipe
 from moecompress.reshaped import reshape
-from moecompress.stream.foldable import with_structure
 from moecompress.stream.inventory import owners
 from moecompress.stream.locate import locate_model
 from moecompress.stream.model import StreamModel, open_model
+from moecompress.stream.structure import with_structure
 from moecompress.tasknames import memory_problems, task_problems
 from moecompress.types import ModelFacts, Scheme
 from moecompress.writing import Format

@@ -21,7 +21,16 @@ from moecompress.passes.base import Decision, LayerContext
 from moecompress.passes.quantizer import Quantizer
 from moecompress.stats.base import Statistic
 from moecompress.stats.routing import TokenSample
-from moecompress.types import PROJECTIONS, ExpertWeights, LayerFacts, LayerWeights, QuantizedTensor, Scheme, Weight
+from moecompress.types import (
+    PROJECTIONS,
+    ExpertWeights,
+    LayerFacts,
+    LayerWeights,
+    ModelFacts,
+    QuantizedTensor,
+    Scheme,
+    Weight,
+)
 
 JUDGES = 16  # one token in so many chooses among the checks and is not learned from
 
@@ -55,7 +64,11 @@ class QuantizeLearned(Quantizer):
     weighting: Literal["affinity", "none"] = Field(
         "affinity", description="affinity: the block's output as routed; none: every expert's own output, gates aside"
     )
-    repair: bool = Field(True, description="also make up for what earlier layers have lost (affinity weighting only)")
+    repair: bool | None = Field(
+        None,
+        description="also make up for what earlier layers have lost (affinity weighting only); left out: where the "
+        "experts' output is added to the layer's as it is, or scaled",
+    )
     keep_best: bool = Field(True, description="keep the best of ten checks on tokens that are not learned from")
     samples: int = Field(65536, ge=2, description="calibration tokens kept per layer, float32 inputs in memory")
     min_tokens: int = Field(256, ge=0, description="an expert with fewer tokens in the sample falls back")
@@ -70,6 +83,22 @@ class QuantizeLearned(Quantizer):
         if self.targets != ("routed_experts",):
             raise ValueError("targets: only routed_experts have a block to learn from; quantize.gptq takes the others")
         return self
+
+    def check(self, facts: ModelFacts) -> list[str]:
+        problems = super().check(facts)
+        apart = [layer.index for layer in facts.moe_layers if not facts.expert_gain(layer.index)]
+        if self.repair and apart:
+            problems.append(
+                f"repair: layer {apart[0]} does not add its experts' output to its own as it is (a norm, or several "
+                "residual streams, are between), so what it lacks cannot be told (works: repair: false)"
+            )
+        return problems
+
+    def gain(self, context: LayerContext) -> float | None:
+        """What the experts' output counts in the layer's output; None where nothing is repaired."""
+        if self.repair is False or self.weighting == "none":
+            return None
+        return context.facts.expert_gain(context.layer.index) or None
 
     def needs(self) -> tuple[Statistic, ...]:
         return (TokenSample(self.samples, self.seed),)
@@ -96,6 +125,7 @@ class QuantizeLearned(Quantizer):
                 tensors.update(_pack(f"{expert}.{projection}", matrix))
         data = {
             "kept_step": learned.best,
+            "repaired": self.gain(context) is not None,
             "output_errors": [list(error) for error in learned.errors],
             "experts": block.notes(),
         }
@@ -200,8 +230,9 @@ class _Block:
         sample, count = self.sample.rows(rows), len(self.experts)
         if self.step.weighting == "none":
             return own_outputs(sample, lambda e, x: self.context.forward(self.experts[e], x), count)
-        target = self.context.block_error(self.rows[rows]).reshape(sample.target.shape) if self.step.repair else None
-        target = sample.target if target is None else target
+        target, gain = sample.target, self.step.gain(self.context)
+        if gain is not None:
+            target = self.context.block_error(self.rows[rows]).reshape(target.shape).div_(gain)
         for expert, at, slots in routed(sample.ids, count):
             output = self.context.forward(self.experts[expert], sample.hidden[at]) * sample.weights[at, slots][:, None]
             target.scatter_add_(0, at[:, None].expand(-1, target.shape[1]), output)

@@ -53,10 +53,12 @@ def sample(only: int = EXPERTS, seed: int = 0) -> dict[str, Tensor]:
 class Setting:
     """A layer, its sample, and a context made of them; `missed` is what earlier layers lost."""
 
-    def __init__(self, model: StreamModel, found: dict[str, Tensor], missed: Tensor | None = None) -> None:
+    def __init__(
+        self, model: StreamModel, found: dict[str, Tensor], missed: Tensor | None = None, gain: float | None = 1.0
+    ) -> None:
         self.weights, self.found = model.read_layer(1), found
         self.missed = torch.zeros_like(found["hidden"]) if missed is None else missed
-        self.model = model
+        self.model, self.gain = model, gain
 
     def context(self, experts: Experts, weights: LayerWeights, allocation: Any = None) -> LayerContext:
         def block_error(rows: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class Setting:
             return self.missed[rows // 3]
 
         return LayerContext(
-            facts=self.model.facts,
+            facts=replace(self.model.facts, expert_gain=lambda _: self.gain),
             layer=self.model.facts.layers[1],
             weights=weights,
             statistics={"token_sample": self.found},
@@ -125,6 +127,22 @@ def test_learning_beats_nearest(bits: Any, rounding: Any, weighting: Any, model:
     options = {**QUICK, "bits": bits, "start": "mse", "weighting": weighting, "rounding": rounding}
     errors = [here.error(here.run(QuantizeLearned(**{**options, "steps": steps}))[1]) for steps in (0, 60)]
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_what_earlier_layers_lost_is_counted_as_the_layer_counts_it(model: StreamModel) -> None:
+    """Where the layer adds twice the experts' output, half of what is missing makes up for it; elsewhere nothing."""
+    step = QuantizeLearned(**{**QUICK, "bits": 3, "steps": 10, "keep_best": False})
+    missed = 0.1 * Setting(model, sample()).output(model.read_layer(1))
+    plain = Setting(model, sample(), missed).run(step)[1]
+    assert same(plain, Setting(model, sample(), 2 * missed, gain=2.0).run(step)[1])
+    decision, apart = Setting(model, sample(), missed, gain=None).run(step)
+    assert same(apart, Setting(model, sample()).run(step)[1]) and not same(apart, plain)
+    assert decision.data["repaired"] is False
+    facts = replace(model.facts, expert_gain=lambda _: None)
+    assert (
+        "works: repair: false" in QuantizeLearned(**QUICK, repair=True).check(facts)[0]
+        and QuantizeLearned(**QUICK).check(facts) == []
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -11,9 +11,9 @@ import torch
 
 from moecompress.errors import UnsupportedModel
 from moecompress.stream.fold import find_norm_fold, scaled_inputs
-from moecompress.stream.foldable import with_structure
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.stream.streams import run_layer
+from moecompress.stream.structure import with_structure
 from moecompress.types import ExpertWeights, LayerWeights, NormFold
 
 FOUND = {

@@ -1,4 +1,4 @@
-"""What the module tree alone says about moving scales in and out of experts: for plans, which read no weights.
+"""What the module tree alone says about a layer around its experts: for plans, which read no weights.
 
 A layer runs once on the meta device, where tensors have shapes and no values; that two modules are given the same
 tensor shows in the storage they share.
@@ -7,7 +7,7 @@ tensor shows in the storage they share.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -28,38 +28,52 @@ _TOKENS = 8
 
 
 def with_structure(model: StreamModel) -> StreamModel:
-    """The model with facts that can tell whether its scales can be folded: `fold_problem` and `linear_up`."""
+    """The model with facts that know what is around its experts: `fold_problem`, `linear_up`, `expert_gain`."""
     structure = _Structure(model)
-    problem = lru_cache(maxsize=None)(structure.fold_problem)
-    return replace(model, facts=replace(model.facts, fold_problem=problem, linear_up=structure.linear_up))
+    around = lru_cache(maxsize=None)(structure.around)
+    facts = replace(
+        model.facts,
+        fold_problem=lambda index: around(index).fold_problem,
+        linear_up=structure.linear_up,
+        expert_gain=lambda index: around(index).gain,
+    )
+    return replace(model, facts=facts)
+
+
+@dataclass(frozen=True)
+class Around:
+    """fold_problem: why no scale can leave the norm before the experts; None where it can, or where the trace needs
+    values (then `find_norm_fold`, which has them, decides). gain: see `ModelFacts.expert_gain`."""
+
+    fold_problem: str | None
+    gain: float | None
 
 
 class _Structure:
-    """A model without weights, asked whether scales can be folded."""
+    """A model without weights, whose layers are traced."""
 
     def __init__(self, model: StreamModel) -> None:
         self._model = model
 
-    def fold_problem(self, index: int) -> str | None:
-        """Why no scale can leave the norm before the experts of layer `index`; None where it can, or where the trace
-        needs values (then `find_norm_fold`, which has them, decides)."""
-        site = self._site(index)
+    def around(self, index: int) -> Around:
+        """What one run of layer `index` shows."""
+        site, where, trace = self._site(index), f"layer {index}", _Trace()
         hidden, call = self._entry[0], _on_meta(self._entry[1][index])
         layer = deepcopy(self._model.layers[index]).to("meta")
-        setattr(experts_of(layer, site.experts), "forward", lambda states, *_: torch.zeros_like(states))  # noqa: B010
-        where = f"layer {index}"
+        experts = experts_of(layer, site.experts)
+        setattr(experts, "forward", lambda states, *_: trace.start(torch.zeros_like(states)))  # noqa: B010
         try:
-            with torch.no_grad(), _Uses() as uses, watched_norms(layer, site, uses.inside) as (made, read):
-                call_layer(layer, hidden, call)
+            with torch.no_grad(), trace, watched_norms(layer, site, trace.inside) as (made, read):
+                out = call_layer(layer, hidden, call)
         except (RuntimeError, UnsupportedModel):  # values decide what is computed (NotImplementedError among them)
-            return None
+            return Around(None, None)
         try:
             fold = fold_of(_with_real_norms(layer, made), site, made, read, where, _same_storage)
-            if uses.has(made[fold.norm.removesuffix(".weight")]):
+            if trace.used(made[fold.norm.removesuffix(".weight")]):
                 raise refused(where, f"the layer itself computes with the output of {fold.norm}")
         except UnsupportedModel as error:
-            return str(error)
-        return None
+            return Around(str(error), trace.gain(out))
+        return Around(None, trace.gain(out))
 
     def linear_up(self, index: int) -> bool:
         """Whether scaling the up rows of layer `index`'s experts scales what `down` receives by as much."""
@@ -87,24 +101,59 @@ class _Structure:
         return hidden.to("meta"), calls
 
 
-class _Uses(TorchDispatchMode):
-    """Remembers every tensor that is computed with outside the watched modules; views are no computation."""
+class _Trace(TorchDispatchMode):
+    """Remembers what is computed with outside the watched modules (views are no computation), and what becomes of one
+    tensor as long as it is only added to others and scaled by numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self._depth = 0
         self._kept: list[Tensor] = []  # alive, so that no storage is used again
+        self._gains: list[tuple[Tensor, float]] = []
+        self._lost = False
 
     def inside(self, change: int) -> None:
         self._depth += change
 
-    def has(self, value: Tensor) -> bool:
+    def start(self, value: Tensor) -> Tensor:
+        """Follow this tensor."""
+        self._gains.append((value, 1.0))
+        return value
+
+    def used(self, value: Tensor) -> bool:
+        """Whether something outside the watched modules is computed with this tensor."""
         return any(_same_storage(value, other) for other in self._kept)
 
+    def gain(self, value: Tensor) -> float | None:
+        """g where `value` holds g times the followed tensor plus other things; None where it holds something else."""
+        found = [gain for other, gain in self._gains if _same_storage(value, other)]
+        return found[-1] if found and not self._lost else None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if self._depth == 0 and not func.is_view:
-            self._kept += [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        return func(*args, **(kwargs or {}))
+            self._kept += tensors
+        before = [self.gain(value) for value in tensors]
+        out = func(*args, **(kwargs or {}))
+        if any(gain is not None for gain in before) and not func.is_view:
+            after = _gain_after(func, before, args, kwargs or {})
+            self._lost |= after is None
+            if after is not None:
+                self._gains.append((out, after))
+        return out
+
+
+def _gain_after(func: Any, before: list[float | None], args: Any, kwargs: Any) -> float | None:
+    """Of a sum with something else, of a product with a number, of a copy; None for every other operation."""
+    name, aten = func.overloadpacket, torch.ops.aten
+    if name in (aten.add, aten.add_) and len(before) == 2 and None in before:
+        return before[0] if before[1] is None else before[1] * kwargs.get("alpha", 1)
+    if name in (aten.mul, aten.mul_, aten.div, aten.div_) and len(before) == 1 and before[0] is not None:
+        factor = next(float(value) for value in args if not isinstance(value, Tensor))
+        return before[0] * factor if name in (aten.mul, aten.mul_) else before[0] / factor
+    if name in (aten.clone, aten._to_copy) and before[0] is not None:
+        return before[0]
+    return None
 
 
 def _same_storage(one: Tensor, other: Tensor) -> bool:
