@@ -251,7 +251,8 @@ class ModelFacts:
     fold_problem(layer): why no scale can leave the norm before this layer's experts, as far as its structure tells.
     linear_up(layer): whether scaling the up rows scales what `down` receives by as much.
     expert_gain(layer): g where the layer's output is g times the routed experts' output plus the rest; None where
-    something else comes between (a norm, several residual streams).
+    something else comes between (a norm, several residual streams). attends(layer): whether it has softmax attention
+    whose probabilities can be had.
     scoring: how a router's first output becomes a distribution over experts (`probabilities`: it is one already).
     """
 
@@ -266,6 +267,7 @@ class ModelFacts:
     fold_problem: Callable[[int], str | None] = field(repr=False, compare=False, default=lambda _: None)
     linear_up: Callable[[int], bool] = field(repr=False, compare=False, default=lambda _: True)
     expert_gain: Callable[[int], float | None] = field(repr=False, compare=False, default=lambda _: 1.0)
+    attends: Callable[[int], bool] = field(repr=False, compare=False, default=lambda _: True)
     scoring: Scoring = "softmax"
 
     @property

@@ -17,8 +17,6 @@ from moecompress.passes.gating import Gating, with_gate
 from moecompress.stats.routing import TokenSample
 from moecompress.types import LayerWeights, ModelFacts
 
-_MIXERS = ("self_attn.", "attention.", "attn.")
-
 
 class PruneODP(Gating):
     """ODP (2410.06270, MC-MoE): an expert is left out when its weight is small beside the token's largest.
@@ -47,7 +45,7 @@ class PruneODP(Gating):
         count = len(facts.moe_layers)
         if self.layers is not None and self.layers > count:
             problems.append(f"layers: {self.layers}, the model has {count} with experts")
-        without = [layer.index for layer in facts.moe_layers if not _attends(layer.roles)]
+        without = [layer.index for layer in facts.moe_layers if not facts.attends(layer.index)]
         if self.protect and without:
             problems.append(
                 f"protect: layers {without} have no softmax attention that says which tokens matter; set protect: 0"
@@ -86,8 +84,3 @@ class PruneODP(Gating):
     def apply(self, context: LayerContext, decision: Decision) -> LayerWeights:
         values = decision.data["layers"].get(str(context.weights.index))
         return context.weights if values is None else with_gate(context, self._gate(values, self.protect))
-
-
-def _attends(roles: Mapping[str, str]) -> bool:
-    """Whether a layer has attention with queries and keys of its own, told by the names of its tensors."""
-    return any(name.startswith(_MIXERS) and role == "attention" for name, role in roles.items())

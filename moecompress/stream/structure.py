@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moecompress.errors import UnsupportedModel
+from moecompress.stream.attention import watch_attention
 from moecompress.stream.fold import fold_of, linear_in_up, refused, watched_norms
 from moecompress.stream.layers import call_layer, experts_of
 from moecompress.stream.model import StreamModel
@@ -36,6 +37,7 @@ def with_structure(model: StreamModel) -> StreamModel:
         fold_problem=lambda index: around(index).fold_problem,
         linear_up=structure.linear_up,
         expert_gain=lambda index: around(index).gain,
+        attends=lambda index: around(index).attends,
     )
     return replace(model, facts=facts)
 
@@ -43,10 +45,11 @@ def with_structure(model: StreamModel) -> StreamModel:
 @dataclass(frozen=True)
 class Around:
     """fold_problem: why no scale can leave the norm before the experts; None where it can, or where the trace needs
-    values (then `find_norm_fold`, which has them, decides). gain: see `ModelFacts.expert_gain`."""
+    values (then `find_norm_fold`, which has them, decides). gain, attends: see `ModelFacts`."""
 
     fold_problem: str | None
     gain: float | None
+    attends: bool
 
 
 class _Structure:
@@ -61,19 +64,25 @@ class _Structure:
         hidden, call = self._entry[0], _on_meta(self._entry[1][index])
         layer = deepcopy(self._model.layers[index]).to("meta")
         experts = experts_of(layer, site.experts)
+        for module in layer.modules():
+            if hasattr(module, "config"):  # the copy's own
+                module.config._attn_implementation = "eager"
+        watch_attention(layer, experts)
         setattr(experts, "forward", lambda states, *_: trace.start(torch.zeros_like(states)))  # noqa: B010
         try:
             with torch.no_grad(), trace, watched_norms(layer, site, trace.inside) as (made, read):
                 out = call_layer(layer, hidden, call)
         except (RuntimeError, UnsupportedModel):  # values decide what is computed (NotImplementedError among them)
-            return Around(None, None)
+            return Around(None, None, attends=True)
+        seen = experts.attention
+        gain, attends = trace.gain(out), seen is not None and seen.numel() == _TOKENS
         try:
             fold = fold_of(_with_real_norms(layer, made), site, made, read, where, _same_storage)
             if trace.used(made[fold.norm.removesuffix(".weight")]):
                 raise refused(where, f"the layer itself computes with the output of {fold.norm}")
         except UnsupportedModel as error:
-            return Around(str(error), trace.gain(out))
-        return Around(None, trace.gain(out))
+            return Around(str(error), gain, attends)
+        return Around(None, gain, attends)
 
     def linear_up(self, index: int) -> bool:
         """Whether scaling the up rows of layer `index`'s experts scales what `down` receives by as much."""

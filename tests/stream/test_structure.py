@@ -54,3 +54,11 @@ def test_the_gain_of_the_experts_output(model_type: str, tmp_path: Path) -> None
 def test_a_multiplier_is_the_gain(tmp_path: Path) -> None:
     path = families.save_tiny("granitemoe", tmp_path / "model", residual_multiplier=0.25)
     assert with_structure(open_model(path)).facts.expert_gain(1) == 0.25
+
+
+@pytest.mark.parametrize("model_type", ["minimax", "bailing_hybrid", "kimi_linear", "qwen3_next", "mixtral"])
+def test_layers_of_linear_attention_have_no_probabilities(model_type: str, tmp_path: Path) -> None:
+    model = with_structure(open_model(families.save_tiny(model_type, tmp_path / "model")))
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * families.LAYERS
+    for layer in model.facts.moe_layers:
+        assert model.facts.attends(layer.index) == (kinds[layer.index] != "linear_attention")
