@@ -65,8 +65,8 @@ class _Structure:
         layer = deepcopy(self._model.layers[index]).to("meta")
         experts = experts_of(layer, site.experts)
         for module in layer.modules():
-            if hasattr(module, "config"):  # the copy's own
-                module.config._attn_implementation = "eager"
+            if (config := getattr(module, "config", None)) is not None:  # the copy's own
+                setattr(config, "_attn_implementation", "eager")  # noqa: B010
         watch_attention(layer, experts)
         setattr(experts, "forward", lambda states, *_: trace.start(torch.zeros_like(states)))  # noqa: B010
         try:
