@@ -4,8 +4,8 @@
 
 Every row is one `moecompress run` in a process of its own, then `moecompress eval` against the model. Finished rows are
 kept in OUT/rows.json, so an interrupted table goes on where it stopped; OUT/table.md is written again after each row.
-Rows: `rtn-4-32` is a method, its bits and its group size (see METHODS); `learned:start=mse,repair=false-2-32` gives its
-last pass other parameters.
+Rows: `rtn-4-32` is a method, its bits and its group size (see METHODS); `global-2.75-32` an allocation, its budget in
+stored bits per weight and its group size; `learned:start=mse,repair=false-2-32` gives its last pass other parameters.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "gptqaffinity": [{"quantize.gptq": {"weighting": "affinity"}}],
     "awq": [{"smooth.awq": {}}, {"quantize.rtn": {"grid": "mse"}}],
     "learned": [{"quantize.learned": {}}],
+    "pmq": [{"allocate.pmq": {}}, {"quantize.gptq": {}}],  # bits: the budget in stored bits per weight
+    "global": [{"allocate.global": {}}, {"quantize.gptq": {}}],
 }
 DATA_FREE = ("rtn", "rtnmse", "hqq")
 
@@ -41,8 +43,12 @@ def recipe(row: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]
     next(iter(passes[-1].values())).update(options)
     for step in passes:
         for name, parameters in step.items():
-            if name.startswith("quantize."):
-                parameters |= {"bits": int(bits), "group_size": int(group)}
+            if name.startswith("allocate."):
+                parameters["budget"] = f"{bits} bpw"
+            elif name.startswith("quantize."):
+                parameters["group_size"] = int(group)
+                if not next(iter(passes[0])).startswith("allocate."):
+                    parameters["bits"] = int(bits)
     data: dict[str, Any] = {
         "model": str(arguments.model),
         "passes": passes,
@@ -58,7 +64,8 @@ def parts_of(row: str) -> tuple[str, dict[str, Any], str, str]:
     """Method, its other parameters, bits and group size. Raises ValueError for what is no row."""
     named, bits, group = row.rsplit("-", 2)
     method, _, options = named.partition(":")
-    if method not in METHODS or not bits.isdigit():
+    whole = bits.replace(".", "", 1) if method in ("pmq", "global") else bits
+    if method not in METHODS or not whole.isdigit():
         raise ValueError(row)
     pairs = (text.split("=") for text in options.split(",") if text)
     return method, {key: yaml.safe_load(value) for key, value in pairs}, bits, group

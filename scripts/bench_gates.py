@@ -1,0 +1,118 @@
+"""Experts left out per token on one model: perplexity against the share of experts used, for every gate. Resumable.
+
+    python scripts/bench_gates.py OUT --model DIR --tokens FILE.safetensors --text TEXT [--text TEXT ...] [ROW ...]
+
+Rows are `method-value`: `none-1`, `top_k-3` (experts per token), `odp-0.5` (quantile), `otp-0.75` (target share); all
+on the model rounded to nearest at 4 bits. Finished rows are kept in OUT/rows.json, so an interrupted table goes on
+where it stopped; OUT/table.md is written again after each row. Changes are against the row `none-1`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+METHODS = {
+    "none": None,
+    "top_k": ("prune.top_k", "keep"),
+    "odp": ("prune.odp", "quantile"),
+    "otp": ("prune.otp", "target"),
+}
+
+
+def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run and evaluate one row: share of experts used, expert bytes per token, perplexity per text, seconds."""
+    from moecompress.evaluate import evaluate_dir
+    from moecompress.recipe import load_recipe
+    from moecompress.run import run
+
+    method, _, value = row.rpartition("-")
+    folder = arguments.out / row
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    passes: list[dict[str, Any]] = [{"quantize.rtn": {"bits": 4, "group_size": arguments.group_size, "grid": "mse"}}]
+    if (found := METHODS[method]) is not None:
+        options = yaml.safe_load(arguments.options) if method == "otp" else {}
+        passes.append({found[0]: {**options, found[1]: int(value) if method == "top_k" else float(value)}})
+    tokens = {"source": "tokens", "files": [str(arguments.tokens)], "samples": arguments.samples, "heldout": 0}
+    data = {
+        "model": str(arguments.model),
+        "calibration": {**tokens, "length": arguments.length},
+        "passes": passes,
+        "output": {"dir": str(folder / "out"), "format": "native"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    began = time.process_time()
+    out = run(load_recipe(folder / "recipe.yaml"))
+    seconds = time.process_time() - began
+    score = evaluate_dir(out, arguments.text, windows=arguments.windows)
+    use = [layer["use"] for layer in json.loads((out / "moecompress" / "report.json").read_text())["layers"]]
+    shutil.rmtree(folder)
+    return {
+        "used": [one["experts"] / one["experts_before"] for one in use],
+        "bytes": sum(one["bytes"] for one in use),
+        "perplexity": {text: value["value"] for text, value in score["perplexity"].items()},
+        "cpu_seconds": seconds,
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: one line per row, most experts first; perplexity over all texts and per text against `none-1`."""
+    if not rows:
+        return ""
+    texts = list(next(iter(rows.values()))["perplexity"])
+    base = rows.get("none-1")
+    head = ["row", "experts used", "by layer", "KiB per token", *(Path(text).stem for text in texts), "CPU s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row, value in sorted(rows.items(), key=lambda item: -sum(item[1]["used"])):
+        mean = sum(value["used"]) / len(value["used"])
+        cells = []
+        for text in texts:
+            change = (
+                "" if base is None else f" ({100 * (value['perplexity'][text] / base['perplexity'][text] - 1):+.2f} %)"
+            )
+            cells.append(f"{value['perplexity'][text]:.3f}{change}")
+        layers = " ".join(f"{share:.2f}" for share in value["used"])
+        cells = [f"{100 * mean:.1f} %", layers, f"{value['bytes'] / 1024:.0f}", *cells, f"{value['cpu_seconds']:.0f}"]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure the rows that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("rows", nargs="*", default=["none-1", "top_k-3", "odp-0.5", "otp-0.75"])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path, required=True, help="safetensors with int32 `ids` [N, T]")
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--options", default="{}", help="other parameters of prune.otp, as YAML")
+    arguments = parser.parse_intermixed_args()
+    if unknown := [row for row in arguments.rows if row.rpartition("-")[0] not in METHODS]:
+        parser.error(f"rows {unknown}; allowed: METHOD-VALUE with METHOD in {', '.join(METHODS)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    kept = arguments.out / "rows.json"
+    rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else {}
+    for row in arguments.rows:
+        if row not in rows:
+            rows[row] = measured(row, arguments)
+            kept.write_text(json.dumps(rows, indent=1) + "\n")
+            (arguments.out / "table.md").write_text(table(rows))
+            share = sum(rows[row]["used"]) / len(rows[row]["used"])
+            print(
+                row, f"{share:.3f}", {Path(k).stem: round(v, 3) for k, v in rows[row]["perplexity"].items()}, flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
