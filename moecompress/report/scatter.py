@@ -16,7 +16,7 @@ _NEAR_X, _NEAR_Y = 3.0, 7.0  # per cent of the plot: labels closer than this are
 
 @dataclass(frozen=True)
 class Point:
-    """label: short, written beside the point; error: half the length of the bar; None = no bar."""
+    """label: short, written beside the point, or empty; error: half the length of the bar; None = no bar."""
 
     label: str
     colour: str
@@ -55,7 +55,9 @@ def scatter(
     bottom = _labels(across.marks, show_x, lambda t: f"left:{100 * x(t) / WIDTH:.1f}%")
     inside = Markup("").join(
         Markup('<span style="left:{:.1f}%;top:{:.1f}%">{}</span>').format(a, b, ", ".join(names))
-        for a, b, names in _together([(100 * x(p.x) / WIDTH, 100 * y(p.y) / HEIGHT, p.label) for p in points])
+        for a, b, names in _together(
+            [(100 * x(p.x) / WIDTH, 100 * y(p.y) / HEIGHT, p.label) for p in points if p.label]
+        )
     )
     return Markup(
         '<div class="chart scatter"><div class="ylabels" aria-hidden="true">{}</div><div class="plot">'

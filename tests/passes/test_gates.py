@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import moecompress
 from moecompress.errors import CheckpointError, UnsupportedModel
 from moecompress.experts import Experts
 from moecompress.gate import Gate
+from moecompress.numerics.gating import mask_router
 from moecompress.passes.prune_otp import PruneOTP
 from moecompress.passes.prune_top_k import PruneTopK
 from moecompress.plan import make_plan
@@ -238,3 +240,28 @@ def test_a_lower_target_leaves_fewer_experts_and_only_gates_learn(source: Path, 
 def test_keys() -> None:
     assert PruneOTP().units(2) == 16 and PruneOTP().units(4) == 64 and PruneOTP(width=8).units(4) == 8
     assert PruneTopK().keep is None and not PruneTopK().needs_data and PruneOTP().needs_data
+
+
+def test_a_stored_layer_keeps_its_gate(source: Path, tmp_path: Path) -> None:
+    from moecompress.layerstore import load_layer, save_layer
+    from moecompress.stream.model import open_model
+
+    original = open_model(source).read_layer(1)
+    tensors = mask_router(64, 4, 8, 0.9, torch.Generator().manual_seed(0))
+    gate = Gate("mask_router", True, tensors, protect=0.1)
+    save_layer(tmp_path / "layer.safetensors", original, replace(original, gate=gate))
+    found = load_layer(tmp_path / "layer.safetensors", original)
+    assert found is not None and found.gate is not None
+    assert (found.gate.kind, found.gate.renormalise, found.gate.protect) == ("mask_router", True, 0.1)
+    assert found.gate.tensors.keys() == tensors.keys()
+    assert all(torch.equal(value, tensors[name]) for name, value in found.gate.tensors.items())
+
+
+def test_quantizers_after_a_gate_see_only_what_is_sent(source: Path, tmp_path: Path) -> None:
+    """The reload check inside the run compares the loaded model with the stream that the quantizer saw."""
+    out = run(tmp_path, source, {"prune.top_k": {"keep": 1}}, {"quantize.gptq": {"bits": 4, "group_size": 32}})
+    report = engine.read_json(out / "moecompress" / "report.json")
+    used = [(row["use"]["experts"], row["use"]["experts_before"]) for row in report["layers"]]
+    assert all(pair == pytest.approx((1, 4)) for pair in used)
+    ratio = [row["use"]["bytes"] / row["use"]["bytes_before"] for row in report["layers"]]
+    assert ratio == pytest.approx([(4 + 16 / 32) / 16 / 4] * len(ratio))  # a quarter of the experts at 4.5 of 16 bits
