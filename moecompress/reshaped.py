@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moecompress.errors import UnsupportedModel
+from moecompress.arch.sites import router_matrix
+from moecompress.errors import UnsupportedModel, message
 from moecompress.passes.base import Pass
 from moecompress.stream.model import StreamModel
 from moecompress.stream.resize import check_uneven, with_resized
@@ -36,7 +37,8 @@ class Reshaped:
 def reshape(model: StreamModel, passes: Sequence[Pass]) -> Reshaped:
     """Follow the passes through the model's shape. A pass that cannot run leaves the shape as it is."""
     stages, problems, resized, unknown = [model.facts], [], False, False
-    for step in passes:
+    for position, step in enumerate(passes):
+        problems += _coded_routers(step, passes[:position], stages[-1])
         after = stages[-1] if step.check(stages[-1]) else step.reshape(stages[-1])
         try:
             if after is stages[-1]:
@@ -67,6 +69,17 @@ def reshape(model: StreamModel, passes: Sequence[Pass]) -> Reshaped:
         )
     reason = native if shared or uneven else None
     return Reshaped(model, tuple(stages), config, dropped, tuple(problems), tuple(warnings), reason)
+
+
+def _coded_routers(step: Pass, before: Sequence[Pass], facts: ModelFacts) -> list[str]:
+    """Rows cannot leave a router that has codes already."""
+    for earlier in before if step.removes_experts else ():
+        for layer in facts.moe_layers:
+            names = router_matrix(layer)
+            if names is not None and names[0] in earlier.schemes(layer):
+                then = f"put {step.name} before it"
+                return [message(f"{step.name}", f"{earlier.name} before it gives codes to the routers", then=then)]
+    return []
 
 
 def _sites(facts: ModelFacts) -> list[MoESite]:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from moecompress.arch.sites import router_matrix
 from moecompress.checkpoint.writer import ShardRecord, write_shard
 from moecompress.errors import MoecompressError, OutputError, Stopped, message
 from moecompress.export.convert import Converted, Target, convert_layer, same_values, without_biases
@@ -68,6 +69,8 @@ def choose(output: Output, form: ExportFormat, allow_lossy: bool) -> tuple[Targe
     never = [] if form == "dense" else layout_problems(output.layout)
     if output.model.native is not None and output.model.native.gates:
         never.append("tokens leave out some of their experts per token, which only native outputs can say")
+    if form != "dense" and any(_is_router(output, module) for module in output.linears):
+        never.append("routers have codes, which only native outputs can say")
     if form == "gptq":
         never += _ragged(output)
     losses = tuple(dict.fromkeys(loss for fit in fits for loss in fit.losses))
@@ -82,6 +85,11 @@ def choose(output: Output, form: ExportFormat, allow_lossy: bool) -> tuple[Targe
         )
     linear = fits[1].scheme if len(fits) > 1 else None
     return Target(form, fits[0].scheme, linear, allow_lossy, output.model.facts.dtype), losses
+
+
+def _is_router(output: Output, module: str) -> bool:
+    found = {layer.name: router_matrix(layer) for layer in output.model.facts.moe_layers}
+    return any(names is not None and f"{layer}.{names[0]}" == f"{module}.weight" for layer, names in found.items())
 
 
 def _ragged(output: Output) -> list[str]:

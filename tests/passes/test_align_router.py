@@ -248,6 +248,8 @@ def test_a_router_in_codes_is_stored_and_loaded(
         dense = load(out, dequantize=True, dtype=torch.float32)(input_ids=ids, use_cache=False).logits
     assert engine.difference(packed, engine.streamed_logits(open_model(out), ids, tmp_path / "stream")) < 1e-4
     assert engine.difference(dense, packed) < 1e-4
+    lossy = engine.command("export", out, "--format", "portable", "--allow-lossy", "--out", tmp_path / "portable")
+    assert lossy.code == 2 and "routers have codes, which only native outputs can say" in lossy.err
     said = [row["router"]["aligned"][0] for row in engine.read_json(out / "moecompress" / "report.json")["layers"]]
     assert all(one["method"] == "kl_clip" and 0 < one["change"] < 0.02 for one in said)
 
@@ -297,6 +299,10 @@ def test_combinations_that_cannot_be_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValidationError, match=reason):
             AlignRouter(**options)  # type: ignore[arg-type]
+    coded = [{"align.router": {"method": "kl_clip", "router_bits": 8}}, {"prune.random": {"keep": 0.5}}]
+    plain = families.save_tiny("qwen3_moe", tmp_path / "plain")
+    told = engine.command("plan", engine.write_recipe(tmp_path, plain, coded))
+    assert told.code == 2 and "align.router before it gives codes to the routers. Next: put prune.random" in told.out
     path = families.save_tiny("mixtral", tmp_path / "model", num_experts_per_tok=1)
     facts = open_model(path).facts
     assert "no gradient reaches the router" in AlignRouter(method="lm_ce").check(facts)[0]
