@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from moecompress.calib import SourceSpec
-from moecompress.calib.estimate import generation_cost, generation_problems
-from moecompress.calib.options import AnswersOptions
+from moecompress.calib.balance import pool_rows
+from moecompress.calib.estimate import all_costs, generation_cost, generation_problems
+from moecompress.calib.options import AnswersOptions, Balance
 from moecompress.stream.generate import growing
 from moecompress.stream.model import StreamModel, open_model
 
@@ -70,6 +71,14 @@ def test_layers_of_different_widths_are_refused(model: StreamModel) -> None:
     uneven = replace(model, facts=replace(model.facts, layers=tuple(layers)))
     (problem,) = generation_problems(spec(), uneven, "a")
     assert "[(4, 2), (8, 2)]" in problem
+
+
+def test_a_pool_costs_what_all_its_rows_cost(model: StreamModel) -> None:
+    plain, pooled = spec(generator="streamed"), replace(spec(generator="streamed"), balance=Balance(pool=32.0))
+    (one,), (generated, routed) = all_costs(plain, model), all_costs(pooled, model)
+    assert generated.disk_bytes > one.disk_bytes and generated.seconds > one.seconds and routed.seconds > 0
+    text = SourceSpec("text", samples=8, length=16, balance=Balance(pool=2.5))
+    assert pool_rows(text) == 20 and len(all_costs(text, model)) == 1
 
 
 def test_the_plan_counts_generating(tmp_path: Path) -> None:
