@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -118,6 +119,13 @@ def packed_linear(layer: Layer, handle: Sequence[Tensor], inputs: Tensor, isa: i
     return out
 
 
+def read_seconds(memory: Tensor) -> float:
+    """How long PyTorch's number of threads take to read `memory` once: the ceiling that benchmarks compare with."""
+    began = time.perf_counter()
+    _library().mc_read(memory.data_ptr(), memory.nbytes // 64 * 64, torch.get_num_threads())
+    return time.perf_counter() - began
+
+
 def _check(layer: Layer, code: int) -> None:
     if code == 2:
         raise MemoryError("CPU kernels: out of memory")
@@ -174,6 +182,7 @@ def _open(path: Path) -> Any:
         "mc_sources": [],
         "mc_isa": [ctypes.c_int, ctypes.POINTER(ctypes.c_int)],
         "mc_threads": [ctypes.c_int],
+        "mc_read": [pointer, wide, ctypes.c_int],
         "mc_pack": [pointer, pointer, pointer, ctypes.c_int],
         "mc_unpack": [pointer, pointer, wide, pointer],
         "mc_moe_mlp": [
@@ -198,4 +207,5 @@ def _open(path: Path) -> Any:
     except (OSError, AttributeError):
         return None
     library.mc_sources.restype = library.mc_isa.restype = ctypes.c_char_p
+    library.mc_read.restype = ctypes.c_uint64
     return library

@@ -52,7 +52,7 @@ def make_table(layer: Layer, slots: Sequence[Sequence[int]]) -> tuple[Tensor, in
         len(forms),
     )
     data = bytearray(b"".join((head, *forms, *rows)))
-    return torch.frombuffer(data, dtype=torch.int64).clone(), end + 4096, bias_at  # room for prefetches past the end
+    return torch.frombuffer(data, dtype=torch.int64).clone(), end + 8192, bias_at  # room for prefetches past the end
 
 
 def _form(m: Matrix) -> bytes:

@@ -123,18 +123,18 @@ void blocked(const PanelCall& call, int64_t first, const uint8_t* w, int64_t col
   }
 }
 
-void blocked_rest(const PanelCall& call, int64_t i, const uint8_t* w, int64_t column, int64_t columns, int64_t g) {
-  switch (call.n - i) {
-    case 0: return;
-    case 1: return blocked<1>(call, i, w, column, columns, g);
-    case 2: return blocked<2>(call, i, w, column, columns, g);
-    case 3: return blocked<3>(call, i, w, column, columns, g);
-    case 4: return blocked<4>(call, i, w, column, columns, g);
-    case 5: return blocked<5>(call, i, w, column, columns, g);
-    case 6: return blocked<6>(call, i, w, column, columns, g);
-    case 7: return blocked<7>(call, i, w, column, columns, g);
-    case 8: return blocked<8>(call, i, w, column, columns, g);
-    default: return blocked<9>(call, i, w, column, columns, g);
+void blocked_any(const PanelCall& call, int64_t i, int64_t n, const uint8_t* w, int64_t at, int64_t columns, int64_t g) {
+  switch (n) {
+    case 1: return blocked<1>(call, i, w, at, columns, g);
+    case 2: return blocked<2>(call, i, w, at, columns, g);
+    case 3: return blocked<3>(call, i, w, at, columns, g);
+    case 4: return blocked<4>(call, i, w, at, columns, g);
+    case 5: return blocked<5>(call, i, w, at, columns, g);
+    case 6: return blocked<6>(call, i, w, at, columns, g);
+    case 7: return blocked<7>(call, i, w, at, columns, g);
+    case 8: return blocked<8>(call, i, w, at, columns, g);
+    case 9: return blocked<9>(call, i, w, at, columns, g);
+    default: return blocked<10>(call, i, w, at, columns, g);
   }
 }
 
@@ -142,7 +142,7 @@ void blocked_rest(const PanelCall& call, int64_t i, const uint8_t* w, int64_t co
 template <int B>
 void expanded(const PanelCall& call) {
   constexpr int64_t most = 256;  // columns at a time: 16 KB, half of the first cache
-  constexpr int N = 10;
+  constexpr int64_t N = 10;  // rows at a time at most: 20 sums and 3 operands in 32 registers
   static_assert(most * PANEL * 2 <= SCRATCH, "the scratch holds a piece");
   const McMatrix& m = *call.matrix;
   Pairs<B> codes(m.values == MC_BINARY);
@@ -151,17 +151,21 @@ void expanded(const PanelCall& call) {
   for (int64_t g = 0; g < m.groups; ++g)
     for (int64_t from = 0; from < m.padded; from += most) {
       int64_t columns = m.padded - from < most ? m.padded - from : most;
-      for (int64_t t = 0; t < columns / TILE; ++t, at += 2 * B * LINE)
+      for (int64_t t = 0; t < columns / TILE; ++t, at += 2 * B * LINE) {
+        for (int line = 0; line < 2 * B; ++line) _mm_prefetch(at + 2 * AHEAD + line * LINE, _MM_HINT_T0);
 #pragma GCC unroll 16
         for (int p = 0; p < PAIRS; ++p) {
           _mm512_store_si512(w + 2 * (t * PAIRS + p) * LINE, codes.pair(at, p));
           _mm512_store_si512(w + (2 * (t * PAIRS + p) + 1) * LINE, codes.pair(at + B * LINE, p));
         }
+      }
       PanelCall piece = call;
       if (from) piece.zeros = nullptr;
-      int64_t i = 0;
-      for (; i + N <= call.n; i += N) blocked<N>(piece, i, w, g * m.padded + from, columns, g);
-      blocked_rest(piece, i, w, g * m.padded + from, columns, g);
+      int64_t blocks = (call.n + N - 1) / N;  // of equal sizes: a small rest would run at a fraction of the speed
+      for (int64_t k = 0; k < blocks; ++k) {
+        int64_t i = call.n * k / blocks;
+        blocked_any(piece, i, call.n * (k + 1) / blocks - i, w, g * m.padded + from, columns, g);
+      }
     }
 }
 

@@ -1,0 +1,237 @@
+"""Kernels on layers of real sizes: time, bandwidth and peers in the same run.
+
+    python scripts/bench_kernels.py --device cpu [--quick] [--json FILE|-] [--threads 1,2] [--shapes qwen3,mixtral]
+                                    [--bits 4,3] [--tokens 1,4,16,64,256] [--no-peers]
+
+Weights are random, and each repetition uses other experts, so that weights come from memory and not from a cache.
+`gbs` counts the bytes of the experts that were used (codes and scales), once; `fraction_of_bandwidth` compares it with
+a plain read of memory, measured in the same run. A peer that is not installed is named in `skipped`. `ms` and what
+peers took are medians; `min_ms` is the best repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_peers import PEERS, Experts
+from torch import Tensor
+
+from moecompress import ops
+from moecompress.checkpoint.native import plan_record
+from moecompress.types import Scheme
+from moecompress_kernels import cpu
+
+# hidden, width, experts, experts per token
+SHAPES = {
+    "qwen3": ("Qwen3-30B-A3B", 2048, 768, 128, 8),
+    "mixtral": ("Mixtral-8x7B", 4096, 14336, 8, 2),
+    "olmoe": ("OLMoE-1B-7B", 2048, 1024, 64, 8),
+}
+GROUP = 128
+
+
+class Layer:
+    """Random packed experts of one shape, and routing that touches other experts in every repetition."""
+
+    def __init__(self, shape: str, bits: int, device: torch.device) -> None:
+        self.title, hidden, width, self.experts, self.per_token = SHAPES[shape]
+        self.hidden, self.width, self.bits = hidden, width, bits
+        scheme = Scheme(bits, GROUP)
+        sizes = (("gate_up", (2 * width, hidden)), ("down", (hidden, width)))
+        layout = plan_record([(name, size, scheme, torch.bfloat16) for name, size in sizes])
+        self.layer = ops.describe_layer([layout], self.experts, ops.Activation("silu"))
+        self.record_bytes = layout.row_bytes
+        records = torch.randint(0, 256, (self.experts, layout.row_bytes), dtype=torch.uint8)
+        for _, matrix in layout.matrices:
+            _, scales, _ = matrix.views(records)
+            assert scales is not None
+            scales.copy_(torch.rand(scales.shape) * 0.01 + 0.005)
+        slots = torch.stack([torch.zeros(self.experts), torch.arange(self.experts)], 1).int()
+        self.choice = ops.choose(self.layer, device)
+        name = self.choice.backend
+        self.handle = ops.backend(name).prepare(self.layer, [records.to(device)], slots.to(device), [])
+
+    def routing(self, tokens: int, turn: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """One token: the next experts in turn. Several: a random draw."""
+        g = torch.Generator().manual_seed(turn)
+        x = torch.randn(tokens, self.hidden, generator=g).bfloat16()
+        if tokens == 1:
+            ids = (torch.arange(self.per_token) + turn * self.per_token)[None] % self.experts
+        else:
+            ids = torch.rand(tokens, self.experts, generator=g).argsort(-1)[:, : self.per_token].contiguous()
+        gates = torch.rand(tokens, self.per_token, generator=g)
+        return x.to(device), ids.to(device), gates.to(device)
+
+    def run(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return ops.moe_mlp(*inputs, self.handle, self.choice.backend, self.layer.text)
+
+
+def measure(run: Callable[[Any], Any], inputs: list[Any], seconds: float) -> tuple[float, float]:
+    """(median, least) milliseconds of calls on the inputs in turn."""
+    run(inputs[0])
+    times, began, turn = [], time.perf_counter(), 0
+    while turn < 5 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        run(inputs[turn % len(inputs)])
+        times.append((time.perf_counter() - start) * 1e3)
+        turn += 1
+    return statistics.median(times), min(times)
+
+
+def read_bandwidth(seconds: float) -> float:
+    """GB/s of a plain read of 512 MiB, the best of several."""
+    memory = torch.ones(1 << 29, dtype=torch.uint8)
+    began, best = time.perf_counter(), float("inf")
+    while time.perf_counter() - began < seconds:
+        best = min(best, cpu.read_seconds(memory))
+    return memory.nbytes / best / 1e9
+
+
+def bench_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
+    device, seconds = torch.device("cpu"), 0.3 if arguments.quick else 1.5
+    rows: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    bandwidth: dict[int, float] = {}
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        bandwidth[threads] = read_bandwidth(seconds)
+    for shape in arguments.shapes:
+        for bits in arguments.bits:
+            layer = Layer(shape, bits, device)
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
+                for tokens in arguments.tokens:
+                    inputs = [
+                        layer.routing(tokens, turn, device) for turn in range(layer.experts if tokens == 1 else 4)
+                    ]
+                    median, least = measure(layer.run, inputs, seconds)
+                    used = statistics.mean(len(ids.unique()) for _, ids, _ in inputs)
+                    gbs = used * layer.record_bytes / median / 1e6
+                    rows.append(
+                        {
+                            "shape": layer.title,
+                            "M": tokens,
+                            "bits": bits,
+                            "threads": threads,
+                            "ms": median,
+                            "min_ms": least,
+                            "gbs": gbs,
+                            "fraction_of_bandwidth": gbs / bandwidth[threads],
+                            "gflops": 6e-6 * tokens * layer.per_token * layer.hidden * layer.width / median,
+                            "backend": layer.choice.backend,
+                            "peers": {},
+                        }
+                    )
+            del layer
+        if not arguments.no_peers:
+            _peers(arguments, shape, seconds, rows, skipped)
+    return {
+        "device": processor(),
+        "backend": ops.backend("cpu").describe(),
+        "bandwidth_gbs": bandwidth,
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "skipped": skipped,
+        "rows": rows,
+    }
+
+
+def _peers(
+    arguments: argparse.Namespace, shape: str, seconds: float, rows: list[dict[str, Any]], skipped: dict[str, str]
+) -> None:
+    """Add what peers take to the rows of this shape."""
+    title, hidden, width, experts, per_token = SHAPES[shape]
+    for name, make in PEERS.items():
+        try:
+            peer = make(Experts(hidden, width, experts, per_token, GROUP))
+        except ModuleNotFoundError as error:
+            skipped[name] = f"{error.name} is not installed"
+            continue
+        for row in [row for row in rows if row["shape"] == title]:
+            torch.set_num_threads(row["threads"])
+            peer.threads(row["threads"])
+            if row["bits"] not in peer.bits or row["M"] not in arguments.peer_tokens:
+                continue
+            same = [r for r in rows if r is not row and all(r[k] == row[k] for k in ("shape", "M", "threads"))]
+            known = [r["peers"][name] for r in same if name in r["peers"]]
+            if known:  # a peer that does not depend on the bits is measured once
+                row["peers"][name] = known[0]
+                continue
+            inputs = [peer.routing(row["M"], turn) for turn in range(experts if row["M"] == 1 else 2)]
+            row["peers"][name] = measure(peer.run, inputs, seconds)[0]
+        del peer
+
+
+def processor() -> str:
+    """The name of this machine's CPU."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["peers"]))
+    head = ["layer", "bits", "threads", "tokens", "ms (min)", "GB/s", "of read bandwidth", "GFLOP/s"]
+    lines = ["| " + " | ".join([*head, *(f"x {name}" for name in names)]) + " |"]
+    lines.append("|" + "---|" * (len(head) + len(names)))
+    for row in result["rows"]:
+        cells = [row["shape"], row["bits"], row["threads"], row["M"], f"{row['ms']:.2f} ({row['min_ms']:.2f})"]
+        cells += [f"{row['gbs']:.1f}", f"{100 * row['fraction_of_bandwidth']:.0f} %", f"{row['gflops']:.0f}"]
+        cells += [f"{row['peers'][n] / row['ms']:.1f}" if n in row["peers"] else "" for n in names]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="short measurements, fewer sizes")
+    parser.add_argument("--json", help="write the rows there; - is standard output")
+    parser.add_argument("--threads", type=numbers, default=None)
+    parser.add_argument("--shapes", type=lambda text: text.split(","), default=None)
+    parser.add_argument("--bits", type=numbers, default=[4, 3])
+    parser.add_argument("--tokens", type=numbers, default=None)
+    parser.add_argument("--peer-tokens", type=numbers, default=[1, 16, 64, 256], help="sizes at which peers run")
+    parser.add_argument("--no-peers", action="store_true")
+    arguments = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    arguments.threads = arguments.threads or sorted({1, min(2, cores)})
+    arguments.shapes = arguments.shapes or (["qwen3"] if arguments.quick else ["qwen3", "mixtral"])
+    arguments.tokens = arguments.tokens or ([1, 16] if arguments.quick else [1, 4, 16, 64, 256])
+    if arguments.device == "cuda":
+        print("bench_kernels: CUDA kernels are measured by scripts/bench_cuda.py", file=sys.stderr)
+        return 2
+    if reason := ops.unavailable("cpu"):
+        print(f"bench_kernels: the compiled CPU kernels cannot run: {reason}", file=sys.stderr)
+        return 2
+    result = bench_cpu(arguments)
+    if arguments.json == "-":
+        print(json.dumps(result, indent=1))
+        return 0
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['device']}; {result['backend']}; torch {result['torch']}; load {result['load']:.1f}")
+    print(", ".join(f"{t} threads read {gbs:.1f} GB/s" for t, gbs in result["bandwidth_gbs"].items()))
+    print(table(result))
+    for name, reason in result["skipped"].items():
+        print(f"skipped {name}: {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
