@@ -26,6 +26,7 @@ from moecompress.evalstore import WINDOWS, update_evaluation, write_rows
 from moecompress.fingerprint import versions
 from moecompress.memory import return_freed_memory
 from moecompress.numerics.routing import set_agreement
+from moecompress.packed import STREAMED
 from moecompress.progress import NoProgress, Progress
 from moecompress.stream.collect import Collector
 from moecompress.stream.model import StreamModel, open_model
@@ -34,7 +35,6 @@ from moecompress.types import TokenSet
 
 CHARACTERS = 400_000  # of each text; with 40 windows of 512 tokens more text is not looked at anyway
 BATCH_TOKENS = 4096
-BACKEND = "torch reference"
 SEPARATOR = "<|endoftext|>"
 
 
@@ -201,7 +201,7 @@ def summary(found: Sequence[Window], agreement: Sequence[float | None], referenc
         "router_agreement": list(agreement),
         "tasks": {},
         "samples": None,
-        "backend": BACKEND,
+        "backend": STREAMED,
         "versions": versions(),
         "limit": None,
         "reference": None if reference is None else str(reference),

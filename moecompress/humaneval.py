@@ -17,9 +17,9 @@ import torch
 
 from moecompress.errors import CalibrationError, RecipeError, message
 from moecompress.evalstore import SAMPLES, as_json, compare_rows, update_evaluation, write_rows
-from moecompress.evaluate import BACKEND
 from moecompress.fingerprint import versions
 from moecompress.numerics.significance import estimate, samples
+from moecompress.packed import backend_name
 from moecompress.progress import NoProgress, Progress
 from moecompress.sandbox import Sandbox, open_sandbox, run_program
 from moecompress.tasks import open_in_memory
@@ -88,7 +88,7 @@ def evaluate_humaneval(
     problems, box = read_problems(file)[:limit], open_sandbox()
     sampling = Sampling(samples_per_task, warmth, batch_size=batch_size, seed=seed)
     shown = progress or NoProgress()
-    rows = _solve(path, problems, sampling, box, device, shown)
+    rows, backend = _solve(path, problems, sampling, box, device, shown)
     task = file.stem
     found: dict[str, Any] = {
         "tasks": {task: summary(rows)},
@@ -97,11 +97,11 @@ def evaluate_humaneval(
             | {"higher_is_better": {name: True for name in rows[0]["metrics"]}}
         },
         "limit": limit,
-        "backend": BACKEND,
+        "backend": backend,
         "versions": versions(),
     }
     if reference is not None:
-        others = _solve(reference, problems, sampling, box, device, shown)
+        others, _ = _solve(reference, problems, sampling, box, device, shown)
         values = {name: metric["value"] for name, metric in found["tasks"][task].items()}
         found |= {"tasks_paired": {task: as_json(compare_rows(rows, others, values))}}
         found["tasks_reference"] = str(reference)
@@ -158,7 +158,8 @@ def truncate(text: str, prompt: str = "") -> str:
 
 def _solve(
     root: Path, problems: Sequence[Problem], sampling: Sampling, box: Sandbox, device: str, progress: Progress
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], str]:
+    """(a row per problem, who computed)."""
     model, tokenizer = open_in_memory(root, device)
     progress.stage(f"code of {root}", len(problems))
     rows = []
@@ -178,7 +179,7 @@ def _solve(
             }
         )
         progress.step(f"{problem.task_id}: {right} of {len(written)}")
-    return rows
+    return rows, backend_name(model)
 
 
 def complete(model: Any, tokenizer: Any, problem: Problem, sampling: Sampling, number: int) -> list[str]:

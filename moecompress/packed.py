@@ -12,6 +12,8 @@ from moecompress import ops
 from moecompress.checkpoint.native import RecordLayout
 from moecompress.ops import TORCH, Choice, Layer
 
+STREAMED = "torch, one layer at a time (kernels run models that are loaded whole)"
+
 
 class Packed(nn.Module):
     """Native records `rec0..` in a module, which a backend may hold in its own layout instead.
@@ -92,7 +94,8 @@ class Packed(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.restore()
+        if self.handle and fn(self.handle[0].new_empty(0)).device != self.handle[0].device:
+            self.restore()  # to move records; a change of dtype does not concern them
         return super()._apply(fn, recurse)
 
 
@@ -109,3 +112,8 @@ def backends(model: nn.Module) -> list[str]:
             reasons = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused)
             found[f"{choice.backend}, {ops.backend(choice.backend).describe()} ({reasons or 'the best'})"] += 1
     return [f"{count} packed modules by {text}" for text, count in found.most_common()]
+
+
+def backend_name(model: nn.Module) -> str:
+    """What eval.json and report.json say about who computed."""
+    return "; ".join(backends(model)) or "torch, dense weights"

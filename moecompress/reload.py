@@ -19,6 +19,7 @@ from moecompress.checkpoint.portable import QUANT_METHOD
 from moecompress.errors import OutputError, message
 from moecompress.layerstore import load_tensors
 from moecompress.memory import fits_in_memory
+from moecompress.packed import STREAMED, backend_name
 from moecompress.plan import BATCH_TOKENS
 from moecompress.stream.model import open_model
 from moecompress.stream.skeleton import read_config_json
@@ -45,15 +46,15 @@ def compare(wanted: Tensor, found: Tensor) -> float:
     return median
 
 
-def whole_logits(root: Path, ids: Tensor, portable: bool = False) -> Tensor:
-    """Logits of the model loaded by transformers, the way a user loads it, computed in float32."""
+def whole_logits(root: Path, ids: Tensor, portable: bool = False) -> tuple[Tensor, str]:
+    """Logits of the model loaded by transformers, the way a user loads it, computed in float32; and by whom."""
     from moecompress.load import load
 
     model: Any = load(root, dtype=torch.float32)
     if portable:
         nn.Module.float(model)  # transformers leaves its experts in the dtype of the scales
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()  # type: ignore[no-any-return]
+        return model(input_ids=ids, use_cache=False).logits.float(), backend_name(model)
 
 
 def streamed_logits(root: Path, ids: Tensor, folder: Path) -> Tensor:
@@ -77,15 +78,14 @@ def main(arguments: Sequence[str]) -> None:
     portable = (read_config_json(root).get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
     lacking = portable and find_spec("compressed_tensors") is None
     whole = fits_in_memory(weights) and not lacking
-    found = (
-        whole_logits(root, stored["ids"], portable)
-        if whole
-        else streamed_logits(root, stored["ids"], probe.parent / "hidden")
-    )
-    how = "whole model through transformers"
-    if not whole:
+    if whole:
+        found, backend = whole_logits(root, stored["ids"], portable)
+        how = "whole model through transformers"
+    else:
+        found, backend = streamed_logits(root, stored["ids"], probe.parent / "hidden"), STREAMED
         how = "streamed, compressed-tensors is not installed" if lacking else "streamed, larger than memory"
-    print(json.dumps({"how": how, "whole": whole, "difference": compare(stored["logits"], found)}))
+    difference = compare(stored["logits"], found)
+    print(json.dumps({"how": how, "whole": whole, "difference": difference, "backend": backend}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moecompress.checkpoint.writer import ShardRecord
-from moecompress.evaluate import BACKEND, evaluate_dir
+from moecompress.evaluate import evaluate_dir
 from moecompress.fingerprint import versions
 from moecompress.job import PROBE, Job
 from moecompress.passes.budget import expert_weights
@@ -67,7 +67,7 @@ def make_report(
             "versions": versions(),
             "seeds": {name: spec.seed for name, spec in plan.recipe.calibration.items()},
             "hardware": hardware(),
-            "backend": BACKEND,
+            "backend": checked["backend"],
             "format": plan.output,
             "size": _size(job, written),
             "plan": {

@@ -16,11 +16,15 @@ Values = dict[str, dict[str, float | None]]
 
 @dataclass(frozen=True)
 class TaskResults:
-    """tasks: task or group -> metric -> {value, stderr}. settings: how each task ran. rows: results per document."""
+    """tasks: task or group -> metric -> {value, stderr}. settings: how each task ran. rows: results per document.
+
+    backend: who computed, of the models' packed weights.
+    """
 
     tasks: Mapping[str, Values]
     settings: Mapping[str, Mapping[str, Any]]
     rows: Mapping[str, Sequence[Row]]
+    backend: str = ""
 
 
 def collect(raw: Mapping[str, Any], limit: int | None) -> TaskResults:

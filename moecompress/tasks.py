@@ -11,6 +11,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from moecompress.calib.tokenizer import load_tokenizer
 from moecompress.checkpoint.index import open_index
 from moecompress.errors import CheckpointError, MachineError, RecipeError, message, suggest
 from moecompress.evalstore import SAMPLES, as_json, compare_rows, update_evaluation, write_rows
-from moecompress.evaluate import BACKEND
 from moecompress.fingerprint import PACKAGES, versions
 from moecompress.memory import available_bytes
+from moecompress.packed import backend_name
 from moecompress.progress import NoProgress, Progress
 from moecompress.tasknames import is_file_name, task_problems
 from moecompress.taskresults import TaskResults, collect
@@ -102,7 +103,8 @@ def _run(root: Path, tasks: Sequence[str], device: str, options: Mapping[str, An
         model, tokenizer = open_in_memory(root, device)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options["batch_size"])
         raw: Any = evaluate(lm, loaded, limit=options["limit"], bootstrap_iters=0, log_samples=True)
-    return collect(raw, options["limit"])
+        used = backend_name(model)
+    return replace(collect(raw, options["limit"]), backend=used)
 
 
 @contextlib.contextmanager
@@ -184,7 +186,7 @@ def _section(found: TaskResults, limit: int | None) -> dict[str, Any]:
         "tasks": {task: dict(metrics) for task, metrics in found.tasks.items()},
         "task_settings": {task: dict(settings) for task, settings in found.settings.items()},
         "limit": limit,
-        "backend": BACKEND,
+        "backend": found.backend,
         "versions": versions((*PACKAGES, "lm_eval")),
     }
 

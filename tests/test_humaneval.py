@@ -175,6 +175,9 @@ class Scripted:
         self.tokenizer, self.texts = tokenizer, iter(texts)
         self.options: list[dict[str, Any]] = []
 
+    def modules(self) -> tuple[()]:
+        return ()
+
     def generate(self, ids: torch.Tensor, num_return_sequences: int, **options: Any) -> torch.Tensor:
         self.options.append(options)
         written = [self.tokenizer(next(self.texts), add_special_tokens=False) for _ in range(num_return_sequences)]
