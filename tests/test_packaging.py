@@ -44,24 +44,52 @@ def files_to_ship() -> Iterator[str]:
                 yield f"{name}/{inside.as_posix()}"
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy, with no compiler in reach and no torch that could be imported."""
-    source = tmp_path_factory.mktemp("source")
+def build_wheel(folder: Path, compiler: dict[str, str]) -> Path:
+    """The wheel, built from a copy, with no torch that could be imported and with the compilers that CC and CXX name."""
+    source, hook, out = (folder / name for name in ("source", "hook", "wheel"))
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    hook = tmp_path_factory.mktemp("hook")
+    hook.mkdir()
+    out.mkdir()
     (hook / "sitecustomize.py").write_text(BLOCK_TORCH)
-    out = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
-    environment = {**os.environ, "PYTHONPATH": str(hook), "CC": "/bin/false", "CXX": "/bin/false"}
+    environment = {**os.environ, "PYTHONPATH": str(hook), **compiler}
     built = subprocess.run(
         [*pip, "-w", str(out), str(source)], env=environment, cwd=out, capture_output=True, text=True, check=False
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return next(out.glob("*.whl"))
+
+
+def install(wheel: Path, target: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], cwd=wheel.parent, check=True, capture_output=True)
+    return target
+
+
+def kernels_say(site: Path, cwd: Path, **environment: str) -> str:
+    """Which backends an installation has and why, asked in a process of its own."""
+    code = (
+        "from moecompress import ops; print([(n, ops.unavailable(n) or ops.backend(n).describe()) for n in ops.ORDER])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(site), **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel made where no compiler is in reach."""
+    return build_wheel(tmp_path_factory.mktemp("plain"), {"CC": "/bin/false", "CXX": "/bin/false"})
 
 
 def test_every_package_folder_is_listed() -> None:
@@ -96,9 +124,7 @@ def test_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_installed_wheel_imports_from_anywhere(wheel: Path, tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q"]
-    target = tmp_path / "site"
-    subprocess.run([*pip, "--target", str(target), str(wheel)], cwd=tmp_path, check=True, capture_output=True)
+    target = install(wheel, tmp_path / "site")
     code = f"import {', '.join(FOLDERS.values())}; print(moecompress.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(target)}
     run = subprocess.run(
@@ -107,3 +133,33 @@ def test_installed_wheel_imports_from_anywhere(wheel: Path, tmp_path: Path) -> N
     assert run.returncode == 0, run.stderr
     assert Path(run.stdout.strip()).is_relative_to(target)
     assert (target / "bin" / "moecompress").exists()
+
+
+@pytest.mark.slow
+def test_without_a_compiler_kernels_say_what_is_missing(wheel: Path, tmp_path: Path) -> None:
+    site = install(wheel, tmp_path / "site")
+    own = {"MOECOMPRESS_KERNEL_CACHE": str(tmp_path / "cache")}
+    assert "/no/such/compiler, does not exist" in kernels_say(site, tmp_path, CXX="/no/such/compiler", **own)
+    assert "/bin/false failed with 1" in kernels_say(site, tmp_path, CXX="/bin/false", **own)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
+def test_a_cache_that_cannot_be_written_is_said(wheel: Path, tmp_path: Path) -> None:
+    site = install(wheel, tmp_path / "site")
+    (tmp_path / "file").touch()  # a folder below a file: not even the superuser can make it
+    said = kernels_say(site, tmp_path, MOECOMPRESS_KERNEL_CACHE=str(tmp_path / "file" / "cache"))
+    assert "built for this process only" in said and "cannot be written" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
+def test_with_a_compiler_the_library_is_installed(tmp_path: Path) -> None:
+    made = build_wheel(tmp_path, {})
+    with zipfile.ZipFile(made) as archive:
+        assert any(Path(name).match("moecompress_kernels/_cpu*.so") for name in archive.namelist())
+    site = install(made, tmp_path / "site")
+    # no compiler any more, and a cache that does not exist: what was installed is used
+    own = {"MOECOMPRESS_KERNEL_CACHE": str(tmp_path / "cache"), "CXX": "/no/such/compiler"}
+    assert "built at installation" in kernels_say(site, tmp_path, **own)
+    assert not (tmp_path / "cache").exists()
