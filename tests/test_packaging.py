@@ -45,7 +45,7 @@ def files_to_ship() -> Iterator[str]:
 
 
 def build_wheel(folder: Path, compiler: dict[str, str]) -> Path:
-    """The wheel, built from a copy, with no torch that could be imported and with the compilers that CC and CXX name."""
+    """The wheel, built from a copy with the compilers that CC and CXX name, and no torch that could be imported."""
     source, hook, out = (folder / name for name in ("source", "hook", "wheel"))
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
