@@ -175,6 +175,15 @@ def _installed() -> Iterator[Path]:
     yield from sorted(Path(__file__).resolve().parent.glob("_cpu*.so"))
 
 
+def _gomp_parallel() -> int | None:
+    """Where PyTorch's own OpenMP runtime starts parallel work, or None when it has another one."""
+    try:
+        runtime = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
 def _open(path: Path) -> Any:
     """The library with its functions declared, or None for a file that is none of ours."""
     pointer, wide = ctypes.c_void_p, ctypes.c_int64
@@ -182,6 +191,7 @@ def _open(path: Path) -> Any:
         "mc_sources": [],
         "mc_isa": [ctypes.c_int, ctypes.POINTER(ctypes.c_int)],
         "mc_threads": [ctypes.c_int],
+        "mc_use_openmp": [pointer],
         "mc_read": [pointer, wide, ctypes.c_int],
         "mc_pack": [pointer, pointer, pointer, ctypes.c_int],
         "mc_unpack": [pointer, pointer, wide, pointer],
@@ -206,6 +216,7 @@ def _open(path: Path) -> Any:
             getattr(library, name).argtypes = types
     except (OSError, AttributeError):
         return None
+    library.mc_use_openmp(_gomp_parallel())
     library.mc_sources.restype = library.mc_isa.restype = ctypes.c_char_p
     library.mc_read.restype = ctypes.c_uint64
     return library

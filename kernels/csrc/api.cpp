@@ -81,7 +81,7 @@ MC_EXPORT uint64_t mc_read(const uint8_t* at, int64_t bytes, int threads) {
     int64_t bytes;
     std::atomic<uint64_t> sum;
   } context = {at, bytes, {0}};
-  auto task = [](void* with, int64_t i, int) {
+  auto task = [](void* with, int64_t i) {
     auto& c = *static_cast<Context*>(with);
     uint64_t sums[8] = {};
     for (int64_t from = i * PIECE; from < c.bytes && from < (i + 1) * PIECE; from += 64) {
@@ -98,6 +98,9 @@ MC_EXPORT uint64_t mc_read(const uint8_t* at, int64_t bytes, int threads) {
   return context.sum;
 }
 
+// gomp_parallel: the function of that name in the OpenMP runtime that this process has already, or null.
+MC_EXPORT void mc_use_openmp(void* gomp_parallel) { pool_use_openmp(gomp_parallel); }
+
 MC_EXPORT int mc_threads(int wanted) { return pool_threads(wanted); }
 
 // Expert i from records[i] (a row of the native format) into the blob; null: it shares the bytes of another expert.
@@ -108,7 +111,7 @@ MC_EXPORT int mc_pack(const int64_t* table, const uint8_t* const* records, uint8
       const uint8_t* const* records;
       uint8_t* blob;
     } context = {layer_of(table), records, blob};
-    auto task = [](void* with, int64_t i, int) {
+    auto task = [](void* with, int64_t i) {
       auto& c = *static_cast<Context*>(with);
       const uint8_t* record = c.records[i / c.layer.matrices];
       if (record) layout_pack(matrices_of(&c.layer)[i], record, c.blob);

@@ -41,7 +41,7 @@ Scratch& scratch() {
 // A function object as a task of the pool.
 template <class F>
 void parallel(int threads, int64_t tasks, const F& f) {
-  pool_run(threads, tasks, [](void* context, int64_t i, int) { (*static_cast<const F*>(context))(i); },
+  pool_run(threads, tasks, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
            const_cast<void*>(static_cast<const void*>(&f)));
 }
 

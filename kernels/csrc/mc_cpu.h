@@ -91,9 +91,10 @@ const Isa* isa_avx512();
 const Isa* isa_avx512_bf16();
 
 // pool.cpp
-using Task = void (*)(void* context, int64_t index, int thread);
+using Task = void (*)(void* context, int64_t index);
 int pool_threads(int wanted);                                          // wanted, within affinity and limits
 void pool_run(int threads, int64_t tasks, Task task, void* context);   // returns when all tasks are done
+void pool_use_openmp(void* gomp_parallel);                             // its threads instead of our own; null: own
 // layout.cpp
 void layout_pack(const McMatrix& m, const uint8_t* record, uint8_t* blob);
 void layout_unpack(const McMatrix& m, const uint8_t* blob, uint8_t* record);

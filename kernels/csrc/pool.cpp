@@ -1,4 +1,6 @@
-// A persistent pool of threads. Workers inherit the affinity of the thread that starts them; they look for work for some
+// Who works in parallel. In a process with PyTorch: the threads of its OpenMP runtime, because those keep looking for work
+// for a while after every operation, and a second set of threads would compete with them for the same processors.
+// Otherwise a persistent pool of our own. Workers inherit the affinity of the thread that starts them; they look for work for some
 // microseconds after a call and then sleep, so that an idle pool costs nothing. One call at a time: others wait.
 #include <atomic>
 #include <condition_variable>
@@ -51,8 +53,8 @@ struct Pool {
   int started = 0;
   long process = 0;
 
-  void work(int thread) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i, thread);
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i);
   }
 
   void serve(int thread, uint64_t seen) {
@@ -63,7 +65,7 @@ struct Pool {
         wake.wait(held, [&] { return round.load(std::memory_order_acquire) != seen; });
       }
       seen = round.load(std::memory_order_acquire);
-      if (thread < threads) work(thread);
+      if (thread < threads) work();
       inside.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -88,11 +90,26 @@ struct Pool {
       round.fetch_add(1, std::memory_order_release);
     }
     wake.notify_all();
-    work(0);
+    work();
     for (int look = 0; inside.load(std::memory_order_acquire) > 0; ++look) {
       if (look < LOOKS) pause_briefly();
       else std::this_thread::yield();
     }
+  }
+};
+
+// libgomp's entry point: runs a function once on each of so many threads, the caller included, and waits for all.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<Parallel> openmp{nullptr};
+
+struct Shared {
+  std::atomic<int64_t> next;
+  int64_t tasks;
+  Task task;
+  void* context;
+
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i);
   }
 };
 
@@ -122,10 +139,17 @@ int pool_threads(int wanted) {
   return wanted < 1 ? 1 : wanted > most ? most : wanted;
 }
 
+void pool_use_openmp(void* gomp_parallel) { openmp = reinterpret_cast<Parallel>(gomp_parallel); }
+
 void pool_run(int threads, int64_t tasks, Task task, void* context) {
   if (threads > tasks) threads = int(tasks);
   if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) task(context, i, 0);
+    for (int64_t i = 0; i < tasks; ++i) task(context, i);
+    return;
+  }
+  if (Parallel run = openmp) {
+    Shared shared = {{0}, tasks, task, context};
+    run([](void* with) { static_cast<Shared*>(with)->work(); }, &shared, unsigned(threads), 0);
     return;
   }
   Pool* p = pool();
