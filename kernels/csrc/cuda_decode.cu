@@ -11,20 +11,20 @@ constexpr int kUpWarps = 8, kDownWarps = 16, kMaxSlots = 32;
 
 struct UpParams {
   McMoe moe;
-  int stages;
+  int stages, group;
 };
 
 MC_DEVICE long long id_at(const void* ids, long long i) { return static_cast<const long long*>(ids)[i]; }
 
 // blockIdx: (row tile, or pair of them; slot among the tokens of the group; group of eight tokens).
 template <class T, int kTiles>
-MC_KERNEL(32 * kUpWarps, 2) decode_up(UpParams p) {
+MC_KERNEL(32 * kUpWarps, 3) decode_up(UpParams p) {
   allow_next();
   MC_SHARED(shared);
   const McMoe& moe = p.moe;
   const McMatrix& m = moe.up;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int first = blockIdx.z * kTokens, tokens = smaller(kTokens, moe.tokens - first);
+  const int first = blockIdx.z * p.group, tokens = smaller(p.group, moe.tokens - first);
   const int slot = blockIdx.y, slots = tokens * moe.slots;
   if (slot >= slots) return;
   const long long base = static_cast<long long>(first) * moe.slots;
@@ -35,29 +35,26 @@ MC_KERNEL(32 * kUpWarps, 2) decode_up(UpParams p) {
   if (block_any(seen)) return;
 
   const Descriptor d = static_cast<const Descriptor*>(m.table)[expert * m.matrices + m.which];
-  const int pitch = m.max_stride, slot_bytes = kTiles * pitch, row_tile = blockIdx.x * kTiles;
+  const int pitch = m.max_stride, slot_bytes = kTiles * pitch + tokens * kRowBytes, row_tile = blockIdx.x * kTiles;
   unsigned char* ring = shared + warp * p.stages * slot_bytes;
   const int begin = warp * m.column_tiles / kUpWarps, end = (warp + 1) * m.column_tiles / kUpWarps;
-  for (int i = 0; i < p.stages - 1; ++i) {
-    if (begin + i < end) stage_tiles<kTiles>(ring + i * slot_bytes, pitch, m, d, row_tile, begin + i, lane);
+  const auto stage = [&](int slot, int tile) {
+    unsigned char* to = ring + slot * slot_bytes;
+    if (tile < end) {
+      stage_tiles<kTiles>(to, pitch, m, d, row_tile, tile, lane);
+      stage_rows(to + kTiles * pitch, moe.hidden, m.columns, tile, tokens, lane, [&](int token) { return first + token; });
+    }
     copy_commit();
-  }
-  const int token = lane / 4;
-  const unsigned short* row =
-      token < tokens ? static_cast<const unsigned short*>(moe.hidden) + static_cast<long long>(first + token) * m.columns
-                     : nullptr;
+  };
+  for (int i = 0; i < p.stages - 1; ++i) stage(i, begin + i);
   float total[kTiles][4] = {};
   int filled = p.stages - 1, used = 0;
   for (int tile = begin; tile < end; ++tile) {
-    Word4 x[kBlocks];
-    load_activations(row, m.columns, tile, lane, x);
-    const int ahead = tile + p.stages - 1;  // into the slot that the warp left at the end of the last turn
-    if (ahead < end) stage_tiles<kTiles>(ring + filled * slot_bytes, pitch, m, d, row_tile, ahead, lane);
-    copy_commit();
+    stage(filled, tile + p.stages - 1);  // into the slot that the warp left at the end of the last turn
     filled = filled + 1 == p.stages ? 0 : filled + 1;
     wait_for_stage(p.stages);
     warp_sync();
-    multiply_any<T, kTiles>(ring + used * slot_bytes, pitch, d, x, lane, 1.0f, 1.0f, total);
+    multiply_any<T, kTiles>(ring + used * slot_bytes, pitch, d, tokens, lane, 1.0f, 1.0f, total);
     used = used + 1 == p.stages ? 0 : used + 1;
     warp_sync();
   }
@@ -85,7 +82,7 @@ struct DownParams {
   const void* ids;      // null: one expert, one slot, weight 1 (a Linear)
   const void* weights;  // float32 [tokens, slots]
   void* out;            // [tokens, rows]
-  int tokens, slots, stages;
+  int tokens, slots, stages, group;
 };
 
 // The experts of eight tokens, each once: in shared memory after the parts of a block.
@@ -98,7 +95,7 @@ struct Chosen {
   int* first;             // [n] slots: 1 where a slot is the first of its expert
 };
 
-MC_BOTH int chosen_bytes(int slots) { return 16 + slots * (4 + 32 + 32 + 32 + 4); }
+MC_BOTH int chosen_bytes(int slots) { return (16 + slots * (4 + 32 + 32 + 32 + 4) + 127) / 128 * 128; }
 
 MC_DEVICE Chosen chosen_at(unsigned char* at, int slots) {
   Chosen c;
@@ -155,40 +152,49 @@ MC_KERNEL(32 * kDownWarps, 2) decode_down(DownParams p) {
   MC_SHARED(shared);
   const McMatrix& m = p.matrix;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int first = blockIdx.y * kTokens, tokens = smaller(kTokens, p.tokens - first);
-  const Chosen c = chosen_at(shared, kTokens * p.slots);
+  const int first = blockIdx.y * p.group, tokens = smaller(p.group, p.tokens - first);
+  const Chosen c = chosen_at(shared, p.group * p.slots);
   find_chosen(p, c, first, tokens);  // reads what was there before the kernel in front of this one
 
-  unsigned char* rest = shared + (chosen_bytes(kTokens * p.slots) + 127) / 128 * 128;
-  const int pitch = m.max_stride, units = *c.number * m.column_tiles;
-  unsigned char* ring = rest + warp * p.stages * pitch;
+  unsigned char* rest = shared + chosen_bytes(p.group * p.slots);
+  const int pitch = m.max_stride, slot_bytes = pitch + tokens * kRowBytes, units = *c.number * m.column_tiles;
+  unsigned char* ring = rest + warp * p.stages * slot_bytes;
   const int begin = static_cast<int>(static_cast<long long>(warp) * units / kDownWarps);
   const int end = static_cast<int>(static_cast<long long>(warp + 1) * units / kDownWarps);
+  const auto stage_weights = [&](int slot, int unit) {
+    if (unit >= end) return;
+    const Descriptor& d = c.described[unit / m.column_tiles];
+    stage_tiles<1>(ring + slot * slot_bytes, pitch, m, d, blockIdx.x, unit % m.column_tiles, lane);
+  };
+  const auto stage_inputs = [&](int slot, int unit) {
+    if (unit >= end) return;
+    const int* rows = c.row + unit / m.column_tiles * kTokens;
+    stage_rows(ring + slot * slot_bytes + pitch, p.rows, m.columns, unit % m.column_tiles, tokens, lane,
+               [&](int token) { return rows[token]; });
+  };
   for (int i = 0; i < p.stages - 1; ++i) {
-    const int unit = begin + i;
-    if (unit < end)
-      stage_tiles<1>(ring + i * pitch, pitch, m, c.described[unit / m.column_tiles], blockIdx.x, unit % m.column_tiles,
-                     lane);
+    stage_weights(i, begin + i);
     copy_commit();
   }
   wait_previous();  // from here on: what that kernel wrote
+  for (int i = 0; i < p.stages - 1; ++i) stage_inputs(i, begin + i);
+  copy_commit();
   float total[1][4] = {};
   int filled = p.stages - 1, used = 0;
   for (int unit = begin; unit < end; ++unit) {
-    const int chosen = unit / m.column_tiles, tile = unit % m.column_tiles, ahead = unit + p.stages - 1;
-    const int from = c.row[chosen * kTokens + lane / 4];
-    Word4 x[kBlocks];
-    load_activations(from < 0 ? nullptr : static_cast<const unsigned short*>(p.rows) + static_cast<long long>(from) * m.columns,
-                     m.columns, tile, lane, x);
-    if (ahead < end)
-      stage_tiles<1>(ring + filled * pitch, pitch, m, c.described[ahead / m.column_tiles], blockIdx.x,
-                     ahead % m.column_tiles, lane);
+    stage_weights(filled, unit + p.stages - 1);
+    stage_inputs(filled, unit + p.stages - 1);
     copy_commit();
     filled = filled + 1 == p.stages ? 0 : filled + 1;
-    wait_for_stage(p.stages);
+    if (unit == begin) {
+      copy_wait<1>();  // the first inputs are the last group but one
+    } else {
+      wait_for_stage(p.stages);
+    }
     warp_sync();
+    const int chosen = unit / m.column_tiles;
     const float* weight = c.weight + chosen * kTokens + 2 * (lane % 4);
-    multiply_any<T, 1>(ring + used * pitch, pitch, c.described[chosen], x, lane, weight[0], weight[1], total);
+    multiply_any<T, 1>(ring + used * slot_bytes, pitch, c.described[chosen], tokens, lane, weight[0], weight[1], total);
     used = used + 1 == p.stages ? 0 : used + 1;
     warp_sync();
   }
@@ -207,31 +213,51 @@ MC_KERNEL(32 * kDownWarps, 2) decode_down(DownParams p) {
   store_value<T>(p.out, static_cast<long long>(first + column) * m.rows + row, sum);
 }
 
-// As many stages, 2 to 4, as leave room for `blocks` blocks on a multiprocessor of `room` bytes.
-inline int stages_for(int bytes, int fixed, int room, int blocks) {
-  int stages = 4;
-  while (stages > 2 && (stages * bytes + fixed) * blocks > room) --stages;
-  return stages;
+// How a kernel cuts its work: tokens a block has, stages of its rings, shared memory.
+struct Cut {
+  int group, stages, shared;
+};
+
+// The largest group of tokens that fits with two stages, then as many stages (to 4) as leave room for `blocks` blocks on
+// a multiprocessor. tiles: bytes of the tiles of a slot of the ring; slots: of a token, 0 where no table is kept of them;
+// parts: bytes of the warps' sums.
+inline Cut cut_for(int tokens, int warps, int tiles, int slots, int parts, int room, int blocks) {
+  Cut c{smaller(kTokens, tokens), 4, 0};
+  const auto needed = [&](int group, int stages) {
+    const int ring = stages * warps * (tiles + group * kRowBytes), fixed = slots ? chosen_bytes(group * slots) : 0;
+    return fixed + (ring > parts ? ring : parts);
+  };
+  while (c.group > 1 && needed(c.group, 2) > room) c.group = (c.group + 1) / 2;
+  while (c.stages > 2 && blocks * needed(c.group, c.stages) > room) --c.stages;
+  c.shared = needed(c.group, c.stages);
+  return c;
+}
+
+inline Cut up_cut(int tokens, int tiles, int stride, int room) {
+  return cut_for(tokens, kUpWarps, tiles * stride, 0, kUpWarps * tiles * 4 * kLanes * 4, room, 3);
+}
+
+inline Cut down_cut(int tokens, int slots, int stride, int room) {
+  return cut_for(tokens, kDownWarps, stride, slots, kDownWarps * 4 * kLanes * 4, room, 2);
 }
 
 template <class T>
-int run_up(const McMoe& moe, int room, int groups) {
-  UpParams p{moe, 0};
-  const int tiles = moe.activation.gated ? 2 : 1, bytes = kUpWarps * tiles * moe.up.max_stride;
-  p.stages = stages_for(bytes, 0, room, 3);
-  const int parts = kUpWarps * tiles * 4 * kLanes * 4, ring = p.stages * bytes;
-  const Launch l{moe.up.row_tiles / tiles, smaller(kTokens, moe.tokens) * moe.slots, groups, 32 * kUpWarps,
-                 ring > parts ? ring : parts, false};
+int run_up(const McMoe& moe, int room) {
+  const int tiles = moe.activation.gated ? 2 : 1;
+  const Cut c = up_cut(moe.tokens, tiles, moe.up.max_stride, room);
+  const UpParams p{moe, c.stages, c.group};
+  const int groups = (moe.tokens + c.group - 1) / c.group;
+  const Launch l{moe.up.row_tiles / tiles, c.group * moe.slots, groups, 32 * kUpWarps, c.shared, false};
   return tiles == 2 ? launch(decode_up<T, 2>, l, moe.stream, p) : launch(decode_up<T, 1>, l, moe.stream, p);
 }
 
 template <class T>
-int run_down(DownParams p, void* stream, int room, int groups, bool overlap) {
-  const int fixed = (chosen_bytes(kTokens * p.slots) + 127) / 128 * 128, bytes = kDownWarps * p.matrix.max_stride;
-  p.stages = stages_for(bytes, fixed, room, 2);
-  const int parts = kDownWarps * 4 * kLanes * 4, ring = p.stages * bytes;
-  const Launch l{p.matrix.row_tiles, groups, 1, 32 * kDownWarps, fixed + (ring > parts ? ring : parts), overlap};
-  return launch(decode_down<T>, l, stream, p);
+int run_down(DownParams p, void* stream, int room, bool overlap) {
+  const Cut c = down_cut(p.tokens, p.slots, p.matrix.max_stride, room);
+  p.stages = c.stages;
+  p.group = c.group;
+  const int groups = (p.tokens + c.group - 1) / c.group;
+  return launch(decode_down<T>, Launch{p.matrix.row_tiles, groups, 1, 32 * kDownWarps, c.shared, overlap}, stream, p);
 }
 
 }  // namespace mc
@@ -241,25 +267,22 @@ int run_down(DownParams p, void* stream, int room, int groups, bool overlap) {
 // room: bytes of shared memory a block may have. overlap: the second kernel may start early (compute capability 9).
 MC_API int mc_cuda_decode(const McMoe* moe, int room, int overlap) {
   if (moe->slots > mc::kMaxSlots) return -1;
-  const int groups = (moe->tokens + mc::kTokens - 1) / mc::kTokens;
-  const mc::DownParams down{moe->down, moe->middle, moe->ids, moe->weights, moe->out, moe->tokens, moe->slots, 0};
+  const mc::DownParams down{moe->down, moe->middle, moe->ids, moe->weights, moe->out, moe->tokens, moe->slots, 0, 0};
   const bool bf16 = moe->dtype == MC_BF16;
-  const int error = bf16 ? mc::run_up<mc::Bf16>(*moe, room, groups) : mc::run_up<mc::Fp16>(*moe, room, groups);
+  const int error = bf16 ? mc::run_up<mc::Bf16>(*moe, room) : mc::run_up<mc::Fp16>(*moe, room);
   if (error) return error;
-  return bf16 ? mc::run_down<mc::Bf16>(down, moe->stream, room, groups, overlap)
-              : mc::run_down<mc::Fp16>(down, moe->stream, room, groups, overlap);
+  return bf16 ? mc::run_down<mc::Bf16>(down, moe->stream, room, overlap)
+              : mc::run_down<mc::Fp16>(down, moe->stream, room, overlap);
 }
 
 MC_API int mc_cuda_linear_decode(const McLinear* p, int room) {
-  const int groups = (p->tokens + mc::kTokens - 1) / mc::kTokens;
-  const mc::DownParams down{p->matrix, p->inputs, nullptr, nullptr, p->out, p->tokens, 1, 0};
-  return p->dtype == MC_BF16 ? mc::run_down<mc::Bf16>(down, p->stream, room, groups, false)
-                             : mc::run_down<mc::Fp16>(down, p->stream, room, groups, false);
+  const mc::DownParams down{p->matrix, p->inputs, nullptr, nullptr, p->out, p->tokens, 1, 0, 0};
+  return p->dtype == MC_BF16 ? mc::run_down<mc::Bf16>(down, p->stream, room, false)
+                             : mc::run_down<mc::Fp16>(down, p->stream, room, false);
 }
 
 // Shared memory that decoding needs at least, for the largest tile strides of a pair (up 0: a Linear).
 MC_API int mc_cuda_decode_room(int up_stride, int down_stride) {
-  const int up = 2 * mc::kUpWarps * 2 * up_stride;
-  const int down = mc::chosen_bytes(mc::kTokens * mc::kMaxSlots) + 128 + 2 * mc::kDownWarps * down_stride;
+  const int up = mc::up_cut(1, 2, up_stride, 0).shared, down = mc::down_cut(1, mc::kMaxSlots, down_stride, 0).shared;
   return up > down ? up : down;
 }

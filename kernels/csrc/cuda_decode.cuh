@@ -50,10 +50,17 @@ MC_DEVICE void close_group(const unsigned char* tiles, int pitch, const Descript
   sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
 }
 
-// tiles: kTiles staged tiles, `pitch` bytes apart. x: the lane's activations, one word of 16 bytes a block.
+// A lane's share of its token's columns of a block; zeros without a token.
+MC_DEVICE Word4 load_row(const unsigned char* rows, int tokens, int block, int lane) {
+  if (lane / 4 >= tokens) return Word4{0, 0, 0, 0};
+  return load_shared(rows + chunk_offset(lane / 4, 4 * block + lane % 4));
+}
+
+// tiles: kTiles staged tiles, `pitch` bytes apart, and behind them the rows of `tokens` tokens.
 template <class T, int kBits, int kTiles>
-MC_DEVICE void multiply_tile(const unsigned char* tiles, int pitch, const Descriptor& d, const Word4 (&x)[kBlocks],
-                             int lane, float weight0, float weight1, float (&total)[kTiles][4]) {
+MC_DEVICE void multiply_tile(const unsigned char* tiles, int pitch, const Descriptor& d, int tokens, int lane,
+                             float weight0, float weight1, float (&total)[kTiles][4]) {
+  const unsigned char* rows = tiles + kTiles * pitch;
   float acc[kTiles][4] = {}, sums[4] = {};
   const bool with_sums = has_offset(d);
 #pragma unroll
@@ -61,30 +68,30 @@ MC_DEVICE void multiply_tile(const unsigned char* tiles, int pitch, const Descri
     unsigned words[kTiles][kBits];
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) load_words<kBits>(tiles + r * pitch, lane, half, words[r]);
-    multiply_block<T, kBits, kTiles, 0>(words, x[2 * half], acc, sums, with_sums);
+    multiply_block<T, kBits, kTiles, 0>(words, load_row(rows, tokens, 2 * half, lane), acc, sums, with_sums);
     if (d.groups == 4) close_group(tiles, pitch, d, lane, 2 * half, weight0, weight1, acc, sums, total);
-    multiply_block<T, kBits, kTiles, 1>(words, x[2 * half + 1], acc, sums, with_sums);
+    multiply_block<T, kBits, kTiles, 1>(words, load_row(rows, tokens, 2 * half + 1, lane), acc, sums, with_sums);
     if (half == 1 || d.groups > 1)
       close_group(tiles, pitch, d, lane, (half + 1) * d.groups / 2 - 1, weight0, weight1, acc, sums, total);
   }
 }
 
 template <class T, int kTiles>
-MC_DEVICE void multiply_any(const unsigned char* tiles, int pitch, const Descriptor& d, const Word4 (&x)[kBlocks],
-                            int lane, float weight0, float weight1, float (&total)[kTiles][4]) {
+MC_DEVICE void multiply_any(const unsigned char* tiles, int pitch, const Descriptor& d, int tokens, int lane,
+                            float weight0, float weight1, float (&total)[kTiles][4]) {
   weight0 *= d.mul;
   weight1 *= d.mul;
   switch (d.bits) {
     case 1:
-      return multiply_tile<T, 1, kTiles>(tiles, pitch, d, x, lane, weight0, weight1, total);
+      return multiply_tile<T, 1, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
     case 2:
-      return multiply_tile<T, 2, kTiles>(tiles, pitch, d, x, lane, weight0, weight1, total);
+      return multiply_tile<T, 2, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
     case 3:
-      return multiply_tile<T, 3, kTiles>(tiles, pitch, d, x, lane, weight0, weight1, total);
+      return multiply_tile<T, 3, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
     case 4:
-      return multiply_tile<T, 4, kTiles>(tiles, pitch, d, x, lane, weight0, weight1, total);
+      return multiply_tile<T, 4, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
     default:
-      return multiply_tile<T, 8, kTiles>(tiles, pitch, d, x, lane, weight0, weight1, total);
+      return multiply_tile<T, 8, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
   }
 }
 
@@ -102,14 +109,16 @@ MC_DEVICE void stage_tiles(unsigned char* to, int pitch, const McMatrix& m, cons
   }
 }
 
-// The lane's share of one token's columns of a tile; zeros beyond the row's end, or without a token.
-MC_DEVICE void load_activations(const unsigned short* row, int columns, int column_tile, int lane,
-                                Word4 (&x)[kBlocks]) {
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    const int column = column_tile * kColumns + 32 * block + 8 * (lane % 4);
-    x[block] = Word4{0, 0, 0, 0};
-    if (row && column < columns) x[block] = load_global(row + column);
+// Start copying the tokens' columns of a tile behind the tiles of a slot. row_of: token to row of the inputs, -1: zeros.
+template <class RowOf>
+MC_DEVICE void stage_rows(unsigned char* to, const void* inputs, int columns, int column_tile, int tokens, int lane,
+                          RowOf row_of) {
+  const unsigned short* from = static_cast<const unsigned short*>(inputs);
+  for (int i = lane; i < tokens * 16; i += kLanes) {
+    const int token = i / 16, chunk = i % 16, column = column_tile * kColumns + 8 * chunk;
+    const long long row = row_of(token);
+    const bool valid = row >= 0 && column < columns;
+    copy_async(to + chunk_offset(token, chunk), valid ? from + row * columns + column : from, valid);
   }
 }
 

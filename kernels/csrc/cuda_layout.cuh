@@ -82,6 +82,11 @@ MC_BOTH int source_row(int order, int rows, int tile, int r) {
   return order == kHalves ? tile % 2 * width + channel : 2 * channel + tile % 2;
 }
 
+// A token's columns of a tile in shared memory: 16 chunks of 16 bytes. Odd rows swap halves, so that eight lanes that
+// read two rows meet no bank twice.
+constexpr int kRowBytes = kColumns * 2;
+MC_BOTH int chunk_offset(int row, int chunk) { return row * kRowBytes + (chunk ^ (row & 1) << 2) * 16; }
+
 MC_BOTH float load_value(const void* p, int kind, long long i) {
   if (kind == kU8) return static_cast<const unsigned char*>(p)[i];
   if (kind == kF32) return static_cast<const float*>(p)[i];

@@ -8,7 +8,6 @@
 namespace mc {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kPair = 2;  // a warp has two row tiles: gate and up
-constexpr int kRowBytes = kColumns * 2;                       // of a token's columns of a tile
 
 enum Output : int { kActivation = 0, kWeighted = 1, kLinear = 2 };
 
@@ -36,9 +35,6 @@ struct Shape {
   MC_BOTH int fixed_bytes() const { return 8 * tokens(); }
   MC_BOTH int sum_bytes() const { return tokens() * pitch() * 4; }
 };
-
-// Chunks of 16 bytes of odd rows swap halves, so that eight lanes that read two rows meet no bank twice.
-MC_DEVICE int chunk_offset(int row, int chunk) { return row * kRowBytes + (chunk ^ (row & 1) << 2) * 16; }
 
 template <class S>
 MC_DEVICE void fill_stage(const S& shape, unsigned char* stage, const PrefillParams& p, const Descriptor& d, const int* sources,

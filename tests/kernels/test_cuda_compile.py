@@ -13,7 +13,7 @@ import pytest
 from moecompress_kernels import cuda_build
 from moecompress_kernels.build import CACHE, SOURCES, BuildError
 
-LIMITS = {"decode_up": 128, "decode_down": 64, "prefill": 255}  # what two blocks, two blocks, one block may have
+LIMITS = {"decode_up": 80, "decode_down": 64, "prefill": 255}  # three, two and one block on a multiprocessor
 LINE = re.compile(
     r"Compiling entry function '(\S+)' for '(\w+)'.*?"
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",

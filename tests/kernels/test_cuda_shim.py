@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_layers import Packed, experts, routing
+from packed_layers import Packed, error, experts, oracle, routing
 from torch import Tensor
 
 from moecompress.types import Scheme
@@ -44,8 +44,19 @@ def test_results_do_not_depend_on_the_depth_of_pipelines(
     for kib in (room, 227):
         one = cuda.Device(on_shim.library, "cpu", 90, kib * 1024, "")
         monkeypatch.setattr(cuda, "_of", lambda tensor, one=one: one)
-        found += [run(packed, hidden, ids, gates), run(packed, hidden[:3], ids[:3], gates[:3])]
+        found += [run(packed, hidden, ids, gates), run(packed, hidden[:1], ids[:1], gates[:1])]
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("room", [80, 99])
+def test_devices_with_little_shared_memory_take_fewer_tokens_at_a_time(
+    room: int, on_shim: cuda.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = experts(MIXED[1:3], 128, 128)
+    one = cuda.Device(on_shim.library, "cpu", 86, room * 1024, "")
+    monkeypatch.setattr(cuda, "_of", lambda tensor: one)
+    inputs = routing(11, 2, 2, 128, BF16)
+    assert error(run(packed, *inputs), oracle(packed, *inputs, BF16)) < 3e-3
 
 
 @pytest.mark.parametrize(("tokens", "block"), [(1, 16), (40, 16), (600, 64), (1100, 128)])

@@ -1,0 +1,219 @@
+"""Kernels on a CUDA device: build, check against float64, time; what `bench_kernels.py --device cuda` runs.
+
+    python scripts/bench_cuda.py [--quick] [--json FILE|-] [--shapes qwen3,mixtral,...] [--bits 4,3] [--tokens 1,4,...]
+                                 [--no-checks]
+
+Times are medians of CUDA graph replays. A graph holds several calls, each with other experts where the layer has
+enough, so that weights come from memory and not from the cache. `gbs` counts the bytes of the experts that were used
+(codes and scales) once; `fraction_of_bandwidth` compares with a copy on the device, measured in the same run. The peer
+is PyTorch's grouped product of the same experts in bfloat16, captured in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moecompress import ops
+from moecompress.checkpoint.native import plan_record
+from moecompress.types import Scheme
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {  # title, hidden, width, experts, experts per token
+    "qwen3": ("Qwen3-30B-A3B", 2048, 768, 128, 8),
+    "olmoe": ("OLMoE-1B-7B", 2048, 1024, 64, 8),
+    "dsv2lite": ("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
+    "humming": ("H2688 I2048 E128 top8", 2688, 2048, 128, 8),
+    "mixtral": ("Mixtral-8x7B", 4096, 14336, 8, 2),
+    "dsv3": ("DeepSeek-V3", 7168, 2048, 256, 8),
+}
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
+GROUP = 128
+CALLS = 8  # in one graph
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def packed_layer(shape: str, bits: int) -> tuple[ops.Layer, list[Tensor], int]:
+    """(layer, handle of random experts on the device, bytes of one expert)."""
+    _, hidden, width, experts, _ = SHAPES[shape]
+    sizes = (("gate_up", (2 * width, hidden)), ("down", (hidden, width)))
+    layout = plan_record([(name, size, Scheme(bits, GROUP), torch.bfloat16) for name, size in sizes])
+    layer = ops.describe_layer([layout], experts, ops.Activation("silu"))
+    records = torch.randint(0, 256, (experts, layout.row_bytes), dtype=torch.uint8, device="cuda")
+    for _, matrix in layout.matrices:
+        _, scales, _ = matrix.views(records)
+        assert scales is not None
+        scales.copy_(torch.rand(scales.shape, device="cuda") * 0.01 + 0.005)
+    slots = torch.stack([torch.zeros(experts), torch.arange(experts)], 1).int().cuda()
+    return layer, ops.backend("cuda").prepare(layer, [records], slots, []), layout.row_bytes
+
+
+def routing(shape: str, tokens: int, turn: int) -> Inputs:
+    """One token: the next experts in turn. Several: a uniform draw."""
+    _, hidden, _, experts, per_token = SHAPES[shape]
+    g = torch.Generator().manual_seed(turn)
+    if tokens == 1:
+        ids = (torch.arange(per_token) + turn * per_token)[None] % experts
+    else:
+        ids = torch.rand(tokens, experts, generator=g).argsort(-1)[:, :per_token].contiguous()
+    x, gates = torch.randn(tokens, hidden, generator=g).bfloat16(), torch.rand(tokens, per_token, generator=g)
+    return x.cuda(), ids.cuda(), gates.cuda()
+
+
+def graph_ms(run: Callable[[Inputs], Tensor], inputs: list[Inputs], seconds: float) -> float:
+    """Median milliseconds of one call, from replays of a graph of all calls."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for one in inputs:
+            run(one)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [run(one) for one in inputs]
+    times: list[float] = []
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    while len(times) < 20 or sum(times) * len(inputs) < 1e3 * seconds:
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / len(inputs))
+    assert all(bool(out.isfinite().all()) for out in kept)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """GB/s read and written by a copy of 2 GiB on the device, the best of several."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start.record()
+        target.copy_(source)
+        stop.record()
+        stop.synchronize()
+        best = min(best, start.elapsed_time(stop))
+    return 2 * source.nbytes / best / 1e6
+
+
+class Grouped:
+    """The same experts in bfloat16 through PyTorch's grouped product: sort, two products, sum over slots."""
+
+    def __init__(self, shape: str) -> None:
+        _, hidden, width, self.experts, self.per_token = SHAPES[shape]
+        made = {"dtype": torch.bfloat16, "device": "cuda"}
+        self.up = torch.randn(self.experts, hidden, 2 * width, **made) / hidden**0.5  # type: ignore[call-overload]
+        self.down = torch.randn(self.experts, width, hidden, **made) / width**0.5  # type: ignore[call-overload]
+
+    def run(self, inputs: Inputs) -> Tensor:
+        x, ids, gates = inputs
+        order = ids.flatten().argsort(stable=True)
+        ends = F.one_hot(ids.flatten(), self.experts).sum(0).cumsum(0).int()
+        rows = torch.div(order, self.per_token, rounding_mode="floor")
+        gate, up = F.grouped_mm(x[rows], self.up, offs=ends).chunk(2, -1)
+        y = F.grouped_mm(F.silu(gate) * up, self.down, offs=ends) * gates.flatten()[order, None].bfloat16()
+        back = torch.empty_like(y)
+        back[order] = y
+        return back.view(*ids.shape, -1).sum(1)
+
+
+def bench(shapes: list[str], bits: list[int], tokens: list[int], seconds: float) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    bandwidth, rows = copy_bandwidth(), []
+    for shape in shapes:
+        title, hidden, width, _, per_token = SHAPES[shape]
+        peer_ms: dict[int, float] = {}
+        peer = Grouped(shape)
+        for count in tokens:
+            inputs = [routing(shape, count, turn) for turn in range(CALLS if count <= 256 else 2)]
+            peer_ms[count] = graph_ms(peer.run, inputs, seconds)
+        del peer
+        for width_bits in bits:
+            layer, handle, expert_bytes = packed_layer(shape, width_bits)
+            text = layer.text
+            for count in tokens:
+                inputs = [routing(shape, count, turn) for turn in range(CALLS if count <= 256 else 2)]
+                ms = graph_ms(lambda one, h=handle, t=text: ops.moe_mlp(*one, h, "cuda", t), inputs, seconds)
+                used = statistics.mean(len(ids.unique()) for _, ids, _ in inputs)
+                gbs = used * expert_bytes / ms / 1e6
+                row = {"shape": title, "M": count, "bits": width_bits, "ms": ms, "gbs": gbs}
+                row |= {"fraction_of_bandwidth": gbs / bandwidth, "peers": {"torch bf16 grouped": peer_ms[count]}}
+                row["tflops"] = 6e-9 * count * per_token * hidden * width / ms
+                rows.append(row)
+                print(f"{title}, {width_bits} bits, {count} tokens: {1e3 * ms:.1f} us", file=sys.stderr, flush=True)
+            del handle
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "backend": ops.backend("cuda").describe(),
+        "torch": torch.__version__,
+        "bandwidth_gbs": bandwidth,
+        "rows": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| layer | bits | tokens | us | GB/s | of copy bandwidth | TFLOP/s | x torch bf16 grouped |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        peer = row["peers"]["torch bf16 grouped"] / row["ms"]
+        cells = [row["shape"], row["bits"], row["M"], f"{1e3 * row['ms']:.1f}", f"{row['gbs']:.0f}"]
+        cells += [f"{100 * row['fraction_of_bandwidth']:.0f} %", f"{row['tflops']:.1f}", f"{peer:.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def checks() -> int:
+    """`pytest -m gpu` on everything there is; its exit code."""
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "tests/kernels/test_cuda.py"]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape, few sizes, short measurements")
+    parser.add_argument("--json", help="write the result there; - is standard output")
+    parser.add_argument("--shapes", type=lambda text: text.split(","), default=None)
+    parser.add_argument("--bits", type=lambda text: [int(one) for one in text.split(",")], default=[4, 3])
+    parser.add_argument("--tokens", type=lambda text: [int(one) for one in text.split(",")], default=None)
+    parser.add_argument("--no-checks", action="store_true", help="time without checking first")
+    arguments = parser.parse_args(words)
+    if reason := ops.unavailable("cuda"):
+        print(f"bench_cuda: the CUDA kernels cannot run: {reason}", file=sys.stderr)
+        return 2
+    print(ops.backend("cuda").describe(), file=sys.stderr)
+    if not arguments.no_checks and checks():
+        print("bench_cuda: checks failed, nothing is timed", file=sys.stderr)
+        return 1
+    shapes = arguments.shapes or (["qwen3"] if arguments.quick else list(SHAPES))
+    tokens = arguments.tokens or ([1, 16, 256] if arguments.quick else TOKENS)
+    result = bench(shapes, arguments.bits, tokens, 0.1 if arguments.quick else 0.4)
+    if arguments.json == "-":
+        print(json.dumps(result, indent=1))
+        return 0
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{result['device']} ({result['capability']}), copy {result['bandwidth_gbs']:.0f} GB/s, torch {result['torch']}"
+    )
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The CUDA kernels on a device: layers of real sizes, graphs, streams, the same bits every time. `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from packed_layers import Packed, error, experts, oracle, routing
+from torch import Tensor
+
+from moecompress import ops
+from moecompress.types import Scheme
+from moecompress_kernels import cuda
+
+pytestmark = pytest.mark.gpu
+
+BF16 = torch.bfloat16
+DECODE, PREFILL = 3e-3, 5e-3  # relative errors of bfloat16 results; see tests/kernels/test_cuda.py
+OSS = ops.Activation("silu", interleaved=True, alpha=1.702, limit=7.0, shift=1.0)
+SHAPES = {  # hidden, width, experts, experts per token, activation; fewer experts than the models have
+    "Qwen3-30B-A3B": (2048, 768, 16, 8, ops.Activation("silu")),
+    "DeepSeek-V2-Lite": (2048, 1408, 8, 6, ops.Activation("silu")),
+    "gpt-oss": (2880, 2880, 6, 4, OSS),
+    "Mixtral-8x7B": (4096, 14336, 2, 2, ops.Activation("silu")),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> Iterator[torch.device]:
+    if reason := cuda.unavailable():
+        pytest.skip(reason)
+    yield torch.device("cuda")
+
+
+def prepared(packed: Packed) -> list[Tensor]:
+    records, biases = ([one.cuda() for one in part] for part in (packed.records, packed.biases))
+    return cuda.prepare(packed.layer, records, packed.slot_map.cuda(), biases)
+
+
+def on_device(inputs: list[Tensor]) -> list[Tensor]:
+    return [one.cuda() for one in inputs]
+
+
+@pytest.fixture(scope="module", params=[(name, bits) for name in SHAPES for bits in (4, 3)], ids=str)
+def real(request: pytest.FixtureRequest) -> tuple[Packed, list[Tensor], int]:
+    """(layer, handle, experts per token)."""
+    name, bits = request.param
+    hidden, width, count, per_token, activation = SHAPES[name]
+    schemes = [(Scheme(bits, 64 if hidden == 2880 else 128), Scheme(bits, 64 if width == 2880 else 128))] * count
+    packed = experts(schemes, hidden, width, activation)
+    return packed, prepared(packed), per_token
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 200])
+def test_real_layers(real: tuple[Packed, list[Tensor], int], tokens: int) -> None:
+    packed, handle, per_token = real
+    inputs = routing(tokens, packed.layer.experts, per_token, packed.layer.columns, BF16, seed=tokens)
+    found = cuda.moe_mlp(packed.layer, handle, *on_device(inputs)).cpu()
+    checked = [*range(min(tokens, 12)), tokens - 1]  # each row of float64 takes a while
+    wanted = oracle(packed, *(one[checked] for one in inputs), BF16)
+    assert error(found[checked], wanted) < (DECODE if tokens <= cuda.DECODE_TOKENS else PREFILL)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> tuple[Packed, list[Tensor]]:
+    """Four widths in one layer, 24 experts."""
+    widths = [(Scheme(4, 128), Scheme(3, 64)), (Scheme(3, 128), Scheme(4, 32)), (Scheme(2, 64), Scheme(8, 64))]
+    packed = experts([*widths, (Scheme(8, 128), Scheme(2, 64))] * 6, 512, 256)
+    return packed, prepared(packed)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 16, 40, 300])
+def test_a_graph_replays_with_new_inputs(mixed: tuple[Packed, list[Tensor]], tokens: int) -> None:
+    packed, handle = mixed
+    held = on_device(routing(tokens, 24, 4, 512, BF16))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        ops.moe_mlp(*held, handle, "cuda", packed.layer.text)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.moe_mlp(*held, handle, "cuda", packed.layer.text)
+    for seed in (1, 2, 3):
+        fresh = on_device(routing(tokens, 24, 4, 512, BF16, seed=seed))
+        for mine, new in zip(held, fresh, strict=True):
+            mine.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, cuda.moe_mlp(packed.layer, handle, *fresh))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_the_same_bits_every_time(mixed: tuple[Packed, list[Tensor]], tokens: int) -> None:
+    """While another stream keeps the device busy, and in a row without waiting (the second kernel starts early)."""
+    packed, handle = mixed
+    many = [on_device(routing(tokens, 24, 4, 512, BF16, seed=seed)) for seed in range(8)]
+    wanted = []
+    for inputs in many:
+        wanted.append(cuda.moe_mlp(packed.layer, handle, *inputs))
+        torch.cuda.synchronize()
+    busy, other = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for _ in range(10):
+        with torch.cuda.stream(busy):
+            other = other @ other * 1e-3
+        found = [cuda.moe_mlp(packed.layer, handle, *inputs) for inputs in many]
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_work_goes_to_the_current_stream(mixed: tuple[Packed, list[Tensor]]) -> None:
+    packed, handle = mixed
+    hidden, ids, gates = on_device(routing(4, 24, 4, 512, BF16))
+    wanted = cuda.moe_mlp(packed.layer, handle, hidden, ids, gates)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        late = torch.zeros_like(hidden)
+        torch.cuda._sleep(20_000_000)
+        late.copy_(hidden)  # a kernel on another stream would read zeros
+        found = cuda.moe_mlp(packed.layer, handle, late, ids, gates)
+    side.synchronize()
+    assert torch.equal(found, wanted)
+
+
+def test_the_backend_is_chosen() -> None:
+    packed = experts([(Scheme(4, 32), Scheme(3, 32))] * 2, 64, 32)
+    assert ops.choose(packed.layer, torch.device("cuda")).backend == "cuda"
+    assert ops.choose(packed.layer, torch.device("cpu")).backend != "cuda"
