@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moecompress_kernels import cuda_table as table
-from moecompress_kernels.cuda_build import BuildError, cached_cuda
+from moecompress_kernels.cuda_build import BuildError, architecture_of, cached_cuda
 from moecompress_kernels.layer import Layer
 
 DTYPES = {torch.bfloat16: 2, torch.float16: 3}
@@ -235,7 +235,7 @@ def _device(index: int) -> Device | str:
     if 10 * major + minor < _LEAST:
         return f"compute capability {major}.{minor}; needed: 8.0"
     try:
-        path, how = cached_cuda((major, minor))
+        path, how = cached_cuda(architecture_of((major, minor)))
         library = load(path)
     except (BuildError, OSError) as error:
         return str(error)

@@ -1,4 +1,9 @@
-"""Compile the CUDA library with nvcc at first use, for the device at hand, into the cache. Standard library only."""
+"""Compile the CUDA library with nvcc into the cache: at first use, for the device at hand, or ahead of time.
+
+    python -m moecompress_kernels.cuda_build [80] [86] [89] [90a]     # all four without a name; needs no device
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,10 +41,10 @@ def find_nvcc() -> list[str]:
 def targets(architectures: Sequence[str]) -> list[str]:
     """Flags for code of these architectures. 80, 86 and 89 share their PTX, so nvcc reads the sources once for them.
 
-    The PTX of compute_80 is kept too: a device newer than the compiler translates it when it loads.
+    Their PTX is kept too: a device newer than all of them translates it when it loads.
     """
     plain = [f"sm_{one}" for one in architectures if not one.startswith("9")]
-    flags = [f"arch=compute_80,code=[{','.join([*plain, 'compute_80'])}]"]
+    flags = [f"arch=compute_80,code=[{','.join([*plain, 'compute_80'])}]"] if plain else []
     flags += [f"arch=compute_{one},code=sm_{one}" for one in architectures if one.startswith("9")]
     return [word for flag in flags for word in ("-gencode", flag)]
 
@@ -60,7 +66,7 @@ def sources_hash(architectures: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_cuda(target: Path, architectures: Sequence[str] = ARCHITECTURES) -> None:
+def compile_cuda(target: Path, architectures: Sequence[str]) -> None:
     """Build the library at `target`, whole or not at all, without torch. Raises BuildError."""
     nvcc = find_nvcc()
     with tempfile.TemporaryDirectory(prefix="moecompress-build-") as folder:
@@ -79,9 +85,28 @@ def compile_cuda(target: Path, architectures: Sequence[str] = ARCHITECTURES) -> 
         partial.replace(target)
 
 
-def cached_cuda(capability: tuple[int, int]) -> tuple[Path, str]:
-    """(library, how it came about) for a device: from the cache, or built now. Raises BuildError."""
-    one = [architecture_of(capability)]
+def cached_cuda(architecture: str) -> tuple[Path, str]:
+    """(library, how it came about) for devices of an architecture: from the cache, or built now. Raises BuildError."""
+    one = [architecture]
     return cached_library(
         "cuda.so", sources_hash(one), lambda target: compile_cuda(target, one), "CUDA kernels (once, about a minute)"
     )
+
+
+def main(words: Sequence[str]) -> int:
+    unknown = [word for word in words if word not in ARCHITECTURES]
+    if unknown:
+        print(f"cuda_build: no architecture {' '.join(unknown)}; there are {' '.join(ARCHITECTURES)}", file=sys.stderr)
+        return 2
+    for architecture in words or ARCHITECTURES:
+        try:
+            path, how = cached_cuda(architecture)
+        except BuildError as error:
+            print(f"cuda_build: {error}", file=sys.stderr)
+            return 2
+        print(f"{architecture}: {path}, {how}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

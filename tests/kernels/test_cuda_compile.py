@@ -91,22 +91,35 @@ def test_a_library_is_built_once_for_each_architecture(monkeypatch: pytest.Monke
     script = f"{WRITES}\nopen({str(log)!r}, 'a').write(' '.join(sys.argv) + chr(10))"
     monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path, script)))
     monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
-    first, how = cuda_build.cached_cuda((9, 0))
+    first, how = cuda_build.cached_cuda("90a")
     assert first.read_text() == "built" and how.startswith("built into the cache")
     calls = log.read_text().splitlines()
     assert len(calls) == len(cuda_build.UNITS) + 1
     assert all("arch=compute_90a,code=sm_90a" in call for call in calls[:-1]) and "-cudart static" in calls[-1]
-    assert cuda_build.cached_cuda((9, 0)) == (first, f"from the cache {first.parent}")
+    assert cuda_build.cached_cuda("90a") == (first, f"from the cache {first.parent}")
     assert len(log.read_text().splitlines()) == len(calls)
-    other, _ = cuda_build.cached_cuda((8, 6))
-    assert other != first and "sm_86" in log.read_text().splitlines()[len(calls)]
+    other, _ = cuda_build.cached_cuda("86")
+    assert other != first and "sm_86,compute_80" in log.read_text().splitlines()[len(calls)]
+
+
+def test_libraries_are_built_ahead_of_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path, WRITES)))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    assert cuda_build.main(["80", "90a"]) == 0
+    assert len(list((tmp_path / "cache").rglob("cuda.so"))) == 2
+    assert cuda_build.cached_cuda("90a")[1].startswith("from the cache")
+    assert cuda_build.main(["70"]) == 2 and "no architecture 70; there are 80 86 89 90a" in capsys.readouterr().err
+    monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path, "sys.exit('broken')")))
+    assert cuda_build.main(["86"]) == 2 and "broken" in capsys.readouterr().err
 
 
 def test_a_failing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NVCC", str(fake_nvcc(tmp_path, "sys.exit('unsupported host compiler')")))
     monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     with pytest.raises(BuildError, match="unsupported host compiler"):
-        cuda_build.cached_cuda((8, 0))
+        cuda_build.cached_cuda("80")
     assert not list((tmp_path / "cache").rglob("cuda.so"))
 
 
