@@ -119,11 +119,23 @@ def _manifest(root: Path, required: bool) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _replaced(model: StreamModel, rows: Mapping[str, Mapping[str, Any]], stored: set[str]) -> list[str]:
-    """Source tensors that became records: all names of the source that are not stored any more."""
-    gone = [key for key, row in rows.items() if key not in stored and row.get("action") not in ("consume", "drop")]
+    """Source tensors that became records: all names of the source that are not stored any more.
+
+    Experts are numbered anew, so names of single ones are those of the first numbers, whichever experts went. Raises
+    OutputError where layers have different numbers of experts.
+    """
     counts = {layer.site.num_experts for layer in model.facts.moe_layers if layer.site is not None}
-    numbers = {key: _NUMBER.search(key) for key in gone}
-    return [key for key in gone if (found := numbers[key]) is None or int(found[1]) < max(counts)]
+    if len(counts) > 1:
+        found, then = f"layers have {sorted(counts)} experts", "run again with uneven_layers: pad or uniformize"
+        raise OutputError(message(str(model.root), found, "one number, which other formats' configurations name", then))
+    names = []
+    for key, row in rows.items():
+        if key in stored or row.get("action") == "consume":
+            continue
+        number = _NUMBER.search(key)
+        if int(number[1]) < max(counts) if number else row.get("action") != "drop":
+            names.append(key)
+    return names
 
 
 def _linears(

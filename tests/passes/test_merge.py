@@ -248,3 +248,32 @@ def test_dern_takes_neurons_over(guard: bool, tmp_path: Path) -> None:
         else:
             assert notes["plain_pruning"] is False and any(e["action"] == "changed" for e in row["experts"])
     generates(out)
+
+
+def test_shared_experts_are_exported_as_copies(tmp_path: Path) -> None:
+    source = families.save_tiny("qwen3_moe", tmp_path / "model", torch.float32)
+    out = execute(tmp_path, source, [{"merge.hc_smoe": {"keep": 5}}])
+    done = engine.command("export", out, "--format", "dense", "--out", tmp_path / "dense")
+    assert done.code == 0, done.err
+    assert "quantization_config" not in engine.read_json(tmp_path / "dense" / "config.json")
+    wanted = engine.streamed_logits(open_model(out), IDS, tmp_path / "hidden")
+    assert engine.difference(engine.own_logits(tmp_path / "dense", IDS), wanted) < 1e-5
+
+
+def test_pruned_codes_are_exported_under_their_new_numbers(tmp_path: Path) -> None:
+    source = families.save_tiny("qwen3_moe", tmp_path / "model", torch.float32)
+    passes = [{"prune.random": {"keep": 5}}, {"quantize.rtn": {"bits": 4, "group_size": 16}}]
+    out = execute(tmp_path, source, passes, output={"format": "native"})
+    assert any(kept != [0, 1, 2, 3, 4] for kept in kept_experts(out))
+    for kind in ("dense", "portable"):
+        done = engine.command("export", out, "--format", kind, "--out", tmp_path / kind)
+        assert done.code == 0, done.err
+    wanted = engine.streamed_logits(open_model(out), IDS, tmp_path / "hidden")
+    assert engine.difference(engine.own_logits(tmp_path / "dense", IDS), wanted) < 1e-5
+
+
+def test_uneven_layers_are_not_exported(tmp_path: Path) -> None:
+    source = families.save_tiny("qwen3_moe", tmp_path / "model")
+    out = execute(tmp_path, source, [{"prune.reap": {"keep": [8, 6, 4, 5]}}])
+    done = engine.command("export", out, "--format", "dense", "--out", tmp_path / "dense")
+    assert done.code == 2 and "uneven_layers: pad" in done.err
