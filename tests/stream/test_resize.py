@@ -83,6 +83,7 @@ def test_pruned_is_masked_bit_for_bit(model_type: str, tmp_path: Path) -> None:
             run_layer(model, whole, run, "original", collector=logs[0])
         if facts.site is not None:
             assert products, "the mask was not applied"
+            assert keep_experts(facts, few, range(8)) is few
             few = keep_experts(facts, few, KEPT)
         with exact_routers(model, few):
             run_layer(model, few, run, "compressed", collector=logs[1])
