@@ -83,7 +83,7 @@ def twin(facts: LayerFacts, experts: Experts, expert: ExpertWeights) -> ExpertWe
 
 @pytest.mark.parametrize("model_type", engine.STREAMED)
 def test_copies_merge_without_loss(model_type: str, tmp_path: Path) -> None:
-    """Expert 1 is a permuted copy of expert 0: averaged after alignment, or its neurons taken over, 0 stays as it is."""
+    """Expert 1 is a permuted copy of expert 0: averaged after alignment, or its neurons moved, 0 stays as it is."""
     model, facts, weights = last_layer(model_type, tmp_path)
     site = facts.site
     assert site is not None
