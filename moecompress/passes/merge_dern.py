@@ -58,19 +58,21 @@ class MergeDERN(Pruning):
         return (*super().needs(), *([TokenSample(SAMPLE)] if self.guard else []))
 
     def decide(self, context: Any) -> Decision:
+        return self.process(context)[0]
+
+    def process(self, context: LayerContext) -> tuple[Decision, LayerWeights]:
         decision = super().decide(context)
+        pruned = super().apply(context, decision)
         if context.layer.site is None:
-            return decision
+            return decision, pruned
         moves = _moves(self, context, decision)
         said: dict[str, Any] = {"transferred_fraction": moves.fraction}
-        merge = moves.fraction > 0
-        if merge and self.guard:
-            pruned = super().apply(context, decision)
-            said["error_pruned"], said["error_merged"] = (
-                _error(context, made) for made in (pruned, self._merged(context, moves, pruned))
-            )
-            merge = said["error_merged"] <= said["error_pruned"]
-        return Decision({**decision.data, "merge": merge, "layer": {**said, "plain_pruning": not merge}})
+        made = self._merged(context, moves, pruned) if moves.fraction > 0 else pruned
+        if made is not pruned and self.guard:
+            said["error_pruned"], said["error_merged"] = (_error(context, layer) for layer in (pruned, made))
+            made = made if said["error_merged"] <= said["error_pruned"] else pruned
+        merge = made is not pruned
+        return Decision({**decision.data, "merge": merge, "layer": {**said, "plain_pruning": not merge}}), made
 
     def apply(self, context: LayerContext, decision: Decision) -> LayerWeights:
         pruned = super().apply(context, decision)
