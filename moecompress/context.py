@@ -15,6 +15,7 @@ from moecompress.stream.collect import Collector, Partner
 from moecompress.stream.fold import find_norm_fold
 from moecompress.stream.hidden import HiddenStore
 from moecompress.stream.layers import experts_of
+from moecompress.stream.residual import Residual, Rotate, find_residual
 from moecompress.stream.router import RouterView
 from moecompress.stream.streams import run_layer
 from moecompress.types import ExpertWeights, LayerWeights, Scheme
@@ -52,11 +53,19 @@ def layer_context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finis
         block_error=_block_error(job, step, weights.index),
         allocation=_allocation(job, step, weights.index),
         quantizer=job.quantizer_after(step),
+        residual=lambda rotate: _residual(job, weights, rotate),
         norm_fold=lambda: find_norm_fold(job.model, weights, job.tokens[PROBE], step.propagate),
         router=lambda: RouterView(job.model, job.tokens[set_of(job, step)], step.propagate, weights),
         collect=_Again(job, step, weights).collect,
         generator=seeded(getattr(step, "seed", 0), step.name, weights.index),
     )
+
+
+def _residual(job: Job, weights: LayerWeights, rotate: Rotate) -> Residual:
+    """Tried on random hidden states: what a layer computes does not depend on where they come from."""
+    run = job.tokens[PROBE]
+    hidden = torch.randn(1, *run.row_shape, generator=torch.Generator().manual_seed(0))
+    return find_residual(job.model, weights, run.calls[0][weights.index], hidden, rotate)
 
 
 class _Again:

@@ -9,6 +9,7 @@ to a kernel backend when one can run them (ops.py), and stay on the path above o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from moecompress import ops
 from moecompress.arch.activation import recognise
 from moecompress.checkpoint.native import LINEAR, RecordLayout, decode, decode_linear
 from moecompress.checkpoint.native_gate import GateLayout
+from moecompress.checkpoint.native_turns import TurnLayout
 from moecompress.dispatch import Dispatch
 from moecompress.errors import CheckpointError, UnsupportedModel, message
 from moecompress.numerics.activation import rounded_as
 from moecompress.numerics.grids import is_absent
-from moecompress.numerics.turn import turned
+from moecompress.numerics.turn import turned, without_turns
 from moecompress.ops import Layer, materialise, routed_slots
 from moecompress.packed import Packed
 from moecompress.types import ExpertWeights, Projection, QuantizedTensor, Scheme
@@ -128,6 +130,7 @@ class PackedExperts(Packed, Experts):
     """
 
     layouts: tuple[RecordLayout, ...]
+    turns: tuple[TurnLayout, ...]
     slot_map: nn.Parameter
     guard: nn.Parameter
     has_bias: bool
@@ -142,6 +145,7 @@ class PackedExperts(Packed, Experts):
         where: str,
         ids: int | None = None,
         gate: GateLayout | None = None,
+        turns: Sequence[TurnLayout] = (),
     ) -> PackedExperts:
         """An empty module in place of `original`, for `counts[k]` records of each layout, on the default device.
 
@@ -172,6 +176,10 @@ class PackedExperts(Packed, Experts):
         if gate is not None and gate.kind == "mask_router":
             size = gate.mask_bytes(made.layouts[0].matrix("gate_up").shape[1])
             made.mask_router = _frozen(torch.empty(size, dtype=torch.uint8))
+        made.turns = tuple(turns)
+        for turn in turns:
+            for leaf, (dtype, shape) in turn.tensors().items():
+                made.register_parameter(leaf, _frozen(torch.empty(shape, dtype=dtype)))
         return made
 
     def __len__(self) -> int:
@@ -183,10 +191,13 @@ class PackedExperts(Packed, Experts):
 
     def expert(self, index: int) -> ExpertWeights:
         weights = decode(self.layouts[int(self.slot_map[index, 0])], self.record(index))
+        for turn in self.turns:
+            values = {leaf: getattr(self, leaf).data for leaf in turn.tensors()}
+            weights = weights.with_turn(turn.projection, turn.turn(values, index))
         if not self.has_bias:
             return weights
-        biases = [getattr(self, f"{name}_bias")[index] for name in _projections(self)]
-        return ExpertWeights(weights.gate_up, weights.down, *biases)
+        up, down = (getattr(self, f"{name}_bias")[index] for name in _projections(self))
+        return replace(weights, gate_up_bias=up, down_bias=down)
 
     def slots(self) -> Tensor:
         return self.slot_map
@@ -197,6 +208,8 @@ class PackedExperts(Packed, Experts):
     def described(self) -> Layer | str:
         if getattr(self, "has_post_expert_norm", False):
             return "the family norms the output of every expert"
+        if self.turns:
+            return "its experts turn their inputs, which kernels do not"
         activation = recognise(self)
         if activation is None:
             return f"the activation of {type(self).__name__} is none that kernels know"
@@ -225,7 +238,7 @@ class PackedExperts(Packed, Experts):
             shape = getattr(stock, name).shape
             dense = torch.empty(shape, dtype=dtype, device=self.slot_map.device)
             for index in range(len(self)):
-                matrix = materialise(self.expert(index).projection(projection), dtype)
+                matrix = materialise(without_turns(self.expert(index)).projection(projection), dtype)
                 dense[index] = matrix.T if self.is_transposed else matrix
             setattr(stock, name, nn.Parameter(dense))
             if self.has_bias:

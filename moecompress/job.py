@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,9 +37,16 @@ class Job:
     tokens: Mapping[str, TokenRun]
     decided: dict[int, Decision] = field(default_factory=dict)  # MODEL and TRAIN decisions by position
 
-    @property
+    @cached_property
     def model(self) -> StreamModel:
-        return self.plan.model
+        """What both streams run through: the source's model, in the basis a first pass gives the residual stream."""
+        model = self.plan.model
+        return replace(model, outer=self.passes[0].outer(model)) if self.moved else model
+
+    @property
+    def moved(self) -> bool:
+        """Whether the first pass changes the basis of the residual stream, for both streams."""
+        return bool(self.passes) and self.passes[0].moves_residual
 
     @property
     def report_set(self) -> str | None:
@@ -80,6 +88,7 @@ class LayerResult:
 
     original: LayerWeights
     weights: LayerWeights
+    source: LayerWeights  # the original, in the basis that a first pass gives the residual stream
     row: dict[str, Any] | None = None
     seconds: dict[int, float] = field(default_factory=dict)
     resident: dict[int, int] = field(default_factory=dict)

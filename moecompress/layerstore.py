@@ -16,7 +16,7 @@ from moecompress.checkpoint.reader import TensorReader
 from moecompress.checkpoint.writer import atomic_write, tensor_entry, write_shard
 from moecompress.gate import Gate
 from moecompress.passes.base import Decision
-from moecompress.types import ExpertWeights, LayerWeights, QuantizedTensor, Scheme, Weight
+from moecompress.types import ExpertWeights, LayerWeights, QuantizedTensor, Scheme, Turn, Weight
 
 
 def save_decision(folder: Path, name: str, decision: Decision) -> None:
@@ -53,13 +53,18 @@ def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> Non
     """Everything of `weights` that is not the source's own tensor; schemes go into a JSON file beside it."""
     tensors: dict[str, Tensor] = {}
     schemes: dict[str, Any] = {}
+    turns: dict[str, int] = {}
+    known: dict[int, int] = {}
 
-    def put(name: str, value: Weight | None) -> None:
+    def put(name: str, value: Weight | Turn | None) -> None:
         if isinstance(value, QuantizedTensor):
             tensors[f"{name}:codes"], tensors[f"{name}:scales"] = value.codes, value.scales
             if value.zeros is not None:
                 tensors[f"{name}:zeros"] = value.zeros
             schemes[name] = asdict(value.scheme)
+        elif isinstance(value, Turn):
+            turns[name] = number = known.setdefault(id(value), len(known))  # what experts share stays shared
+            tensors.update({f"turn/{number}/{part}": v for part, v in vars(value).items() if v is not None})
         elif value is not None:
             tensors[name] = value
 
@@ -80,6 +85,7 @@ def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> Non
         tensors |= {f"gate/{name}": value for name, value in gate.tensors.items()}
     save_tensors(path, tensors)
     data = {"schemes": schemes, "experts": len(weights.experts), "kept": kept, "sources": weights.sources}
+    data["turns"] = turns
     data["slots"] = weights.slots
     data["gate"] = None if gate is None else [gate.kind, gate.renormalise, gate.count, gate.protect]
     atomic_write(path.with_suffix(".json"), json.dumps(data, sort_keys=True) + "\n")
@@ -94,7 +100,15 @@ def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
     tensors = load_tensors(path)
     sources = None if data["sources"] is None else tuple(data["sources"])
 
-    def get(name: str) -> Weight | None:
+    numbers = sorted(set(data["turns"].values()))
+    turns = {
+        n: Turn(*(tensors.get(f"turn/{n}/{part}") for part in Turn.__dataclass_fields__))  # type: ignore[arg-type]
+        for n in numbers
+    }
+
+    def get(name: str) -> Any:
+        if name in data["turns"]:
+            return turns[data["turns"][name]]
         if name in data["schemes"]:
             scheme = Scheme(**data["schemes"][name])
             return QuantizedTensor(

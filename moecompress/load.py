@@ -26,6 +26,7 @@ from moecompress.checkpoint.index import CheckpointIndex, open_index
 from moecompress.checkpoint.native_check import GUARDS, check_records, comes_from_native, is_native_tensor
 from moecompress.checkpoint.native_config import QUANT_METHOD, NativeConfig
 from moecompress.checkpoint.native_gate import LEAF
+from moecompress.checkpoint.native_turns import PREFIX
 from moecompress.checkpoint.reader import TensorReader
 from moecompress.errors import CheckpointError, UnsupportedModel, message
 from moecompress.experts import PackedExperts, PackedLinear
@@ -130,8 +131,9 @@ class MoecompressQuantizer(HfQuantizer):
         if not is_experts(original):
             raise CheckpointError(message(f"{root}: {name}", type(original).__name__, "a module of routed experts"))
         before = original.down_proj.shape[0]
-        gate = self.native.gates.get(name)
-        packed = PackedExperts.packing(original, layout.records, counts, f"{root}: {name}", layout.num_experts, gate)
+        gate, number = self.native.gates.get(name), layout.num_experts
+        where = f"{root}: {name}"
+        packed = PackedExperts.packing(original, layout.records, counts, where, number, gate, layout.turns)
         model.set_submodule(module, packed)
         if gate is not None and gate.protect:
             model.set_attn_implementation("eager")  # other attention never has the probabilities that protect tokens
@@ -148,7 +150,7 @@ class MoecompressQuantizer(HfQuantizer):
         for name, module in self.names.items():
             guard = GUARDS["experts" if name in self.native.experts else "linears"]
             for leaf, _ in model.get_submodule(module).named_parameters(recurse=False):
-                if leaf in ("guard", "slot_map", LEAF) or leaf.startswith("rec"):
+                if leaf in ("guard", "slot_map", LEAF) or leaf.startswith(("rec", PREFIX)):
                     pairs[f"{name}.{guard if leaf == 'guard' else leaf}"] = f"{module}.{leaf}"
         tokens = {stored: f"\0{number}\0" for number, stored in enumerate(pairs)}
         outside, inside = _Names(tokens), _Names({tokens[stored]: held for stored, held in pairs.items()})

@@ -65,6 +65,7 @@ def make_plan(recipe: Recipe, memory: int | None = None) -> Plan:
     reshaped = reshape(model, passes)
     model, stages = reshaped.model, reshaped.stages
     problems = _pass_problems(recipe, passes, stages) + list(reshaped.problems)
+    problems += _turn_problems(recipe, passes) + _order_problems(recipe, passes)
     warnings = list(reshaped.warnings)
     schemes = {layer.index: _schemes(passes, stages, layer.index) for layer in model.facts.layers}
     output = _format(recipe, model, schemes, problems, reshaped.native)
@@ -130,6 +131,28 @@ def _pass_problems(recipe: Recipe, passes: tuple[Pass, ...], stages: tuple[Model
     return problems
 
 
+def _order_problems(recipe: Recipe, passes: tuple[Pass, ...]) -> list[str]:
+    late = [spec for spec, step in list(zip(recipe.passes, passes, strict=True))[1:] if step.moves_residual]
+    return [
+        message(f"{spec.where}: {spec.name}", "comes after another pass, which knew the old basis", then="put it first")
+        for spec in late
+    ]
+
+
+def _turn_problems(recipe: Recipe, passes: tuple[Pass, ...]) -> list[str]:
+    """Passes that would read experts whose inputs are turned as if they were not."""
+    turning = next((position for position, step in enumerate(passes) if step.turns_inputs), len(passes))
+    return [
+        message(
+            f"{spec.where}: {spec.name}",
+            f"does not understand experts that turn their inputs ({passes[turning].name} before it)",
+            then=f"put it before {passes[turning].name}",
+        )
+        for spec, step in list(zip(recipe.passes, passes, strict=True))[turning + 1 :]
+        if not step.takes_turned
+    ]
+
+
 def _schemes(passes: tuple[Pass, ...], stages: tuple[ModelFacts, ...], index: int) -> dict[str, Scheme]:
     chosen: dict[str, Scheme] = {}
     for step, facts in zip(passes, stages, strict=False):
@@ -167,6 +190,8 @@ def _format(
     if wanted in ("dense", "native") or not quantized:
         return "native" if wanted == "native" else "dense"
     unfit = portable_problems(model, schemes)
+    if any(step.turns_inputs for step in passes_of(recipe)):
+        unfit.append("experts turn their inputs while they run (rotate.*), which the format cannot say; use native")
     if allocation_of(passes_of(recipe)) is not None:
         unfit.append("experts get different widths (allocate.*), and one scheme for all is allowed; use format: native")
     if wanted == "portable":

@@ -46,7 +46,10 @@ PASSES = table(
         ("quantize.hqq", "moecompress.passes.quantize_hqq:QuantizeHQQ"),
         ("quantize.learned", "moecompress.passes.quantize_learned:QuantizeLearned"),
         ("quantize.rtn", "moecompress.passes.quantize_rtn:QuantizeRTN"),
+        ("rotate.hadamard", "moecompress.passes.rotate_hadamard:RotateHadamard"),
+        ("rotate.duquant", "moecompress.passes.rotate_duquant:RotateDuQuant"),
         ("smooth.awq", "moecompress.passes.smooth_awq:SmoothAWQ"),
+        ("smooth.expert", "moecompress.passes.smooth_expert:SmoothExpert"),
     ]
 )
 

@@ -60,12 +60,15 @@ def reshape(model: StreamModel, passes: Sequence[Pass]) -> Reshaped:
     native = "layers have different numbers of experts" if uneven else "ids of the router share experts"
     made = None if uneven else model.resized.get(sites[0].choices)
     config, dropped, warnings = dict(model.raw_config if made is None else made.raw_config), frozenset[str](), []
-    if made is not None:
+    moved = bool(passes) and passes[0].moves_residual
+    if moved:
+        config = untied(model, config)
+    if made is not None or moved:
         dropped = _extra_layers(model)
     if dropped:
         _without_extra_layers(config)
         warnings.append(
-            f"{len(dropped)} tensors of layers for multi-token prediction are dropped, as experts are removed"
+            f"{len(dropped)} tensors of layers for multi-token prediction are dropped: they fit the source only"
         )
     reason = native if shared or uneven else None
     return Reshaped(model, tuple(stages), config, dropped, tuple(problems), tuple(warnings), reason)
@@ -80,6 +83,11 @@ def _coded_routers(step: Pass, before: Sequence[Pass], facts: ModelFacts) -> lis
                 then = f"put {step.name} before it"
                 return [message(f"{step.name}", f"{earlier.name} before it gives codes to the routers", then=then)]
     return []
+
+
+def untied(model: StreamModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model whose head has weights of its own."""
+    return {**config, "tie_word_embeddings": False} if model.tied else dict(config)
 
 
 def _sites(facts: ModelFacts) -> list[MoESite]:

@@ -165,7 +165,7 @@ def _token_sets(job: Job, progress: Progress) -> list[TokenSet]:
         tokenizer = load_tokenizer(job.plan.root, trust_remote_code=recipe.trust_remote_code)
     progress.stage("calibration", len(sources) + 1)
     kept, scratch = job.run.path / "calibration", job.run.hidden / "calibration"
-    workshop = Workshop(job.model, scratch, kept, progress)
+    workshop = Workshop(job.plan.model, scratch, kept, progress)
     for name, spec in sources.items():
         made.append(
             build_token_set(

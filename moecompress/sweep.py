@@ -28,15 +28,17 @@ from moecompress.writing import as_loaded, settle
 def process_layer(job: Job, sweep: Sweep, index: int, *, last: bool) -> LayerResult:
     """Take one layer through the sweep's steps. The streams' next generation is written; nothing else is."""
     original = job.model.read_layer(index)
-    statistics = LayerStatistics()
-    logs = _advance_original(job, sweep, original, statistics)
-    result = LayerResult(original, original)
+    statistics, source = LayerStatistics(), original
+    if job.moved:
+        source = _step(job, sweep, 0, original, original, LayerStatistics())
+    logs = _advance_original(job, sweep, source, statistics)
+    result = LayerResult(original, source, source)
     kept, done = latest_stored(job, sweep.steps, original)
     if done is not None:
         result.weights = kept
         for position in sweep.steps[: done + 1]:
             statistics.invalidate(job.passes[position].changes)
-    for position in sweep.steps[0 if done is None else done + 1 :]:
+    for position in sweep.steps[int(job.moved) if done is None else done + 1 :]:
         began = time.perf_counter()
         result.weights = _step(job, sweep, position, original, result.weights, statistics)
         result.seconds[position] = time.perf_counter() - began
@@ -60,7 +62,7 @@ def _leading_needs(job: Job, sweep: Sweep, name: str) -> list[Statistic]:
         step = job.passes[position]
         if step.propagate == "original" and set_of(job, step) == name:
             wanted += step.needs()
-        if step.changes:
+        if step.changes and not step.moves_residual:
             break
     return wanted
 
@@ -194,11 +196,11 @@ def _row(
         router["load_cv"] = float(tokens.std(correction=0) / tokens.mean()) if float(tokens.sum()) else None
         error = stream_error(job.tokens[job.report_set], index + 1)
         use = expert_use(result.original, result.weights, before.log.joined()[1], after.log.joined()[1])
-    with torch.no_grad(), filled_layer(job.model, result.original) as layer:
+    with torch.no_grad(), filled_layer(job.model, result.source) as layer:
         assert facts.site is not None
         experts = experts_of(layer, facts.site.experts)
         rows = expert_rows(
-            result.original,
+            result.source,
             result.weights,
             lambda w, x: experts.run_expert(w, x)[1],
             measured,

@@ -134,6 +134,9 @@ class ExpertWeights:
     def turn(self, name: Projection) -> Turn | None:
         return self.gate_up_turn if name == "gate_up" else self.down_turn
 
+    def with_turn(self, name: Projection, turn: Turn | None) -> ExpertWeights:
+        return replace(self, gate_up_turn=turn) if name == "gate_up" else replace(self, down_turn=turn)
+
     def projection(self, name: Projection) -> Weight:
         return self.gate_up if name == "gate_up" else self.down
 
@@ -248,6 +251,7 @@ class NormFold:
 class ModelFacts:
     """What is known about the model before any tensor is read.
 
+    rotation_problem(layer): why the residual stream cannot be rotated, as far as this layer's structure tells.
     fold_problem(layer): why no scale can leave the norm before this layer's experts, as far as its structure tells.
     linear_up(layer): whether scaling the up rows scales what `down` receives by as much.
     expert_gain(layer): g where the layer's output is g times the routed experts' output plus the rest; None where
@@ -264,6 +268,7 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...]
     source_bytes: int
     config: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    rotation_problem: Callable[[int], str | None] = field(repr=False, compare=False, default=lambda _: None)
     fold_problem: Callable[[int], str | None] = field(repr=False, compare=False, default=lambda _: None)
     linear_up: Callable[[int], bool] = field(repr=False, compare=False, default=lambda _: True)
     expert_gain: Callable[[int], float | None] = field(repr=False, compare=False, default=lambda _: 1.0)

@@ -13,10 +13,12 @@ from torch import Tensor
 from moecompress.checkpoint.native import RecordLayout, expert_entries, linear_entries
 from moecompress.checkpoint.native_config import ExpertsLayout
 from moecompress.checkpoint.native_gate import GateLayout, gate_entries, gate_layout
+from moecompress.checkpoint.native_turns import turn_entries
 from moecompress.checkpoint.portable import packed_entries
 from moecompress.checkpoint.writer import Buffer, Entry, copy_entry, tensor_entry
 from moecompress.errors import OutputError, message
 from moecompress.numerics.grids import dequantize
+from moecompress.numerics.turn import without_turns
 from moecompress.portable import one_scheme, portable_experts
 from moecompress.stream.expert_source import OutTensor, dense_tensors
 from moecompress.stream.mapping import Assembly, disassemble
@@ -70,15 +72,21 @@ def settle(weights: LayerWeights, original: LayerWeights, output: Format) -> Lay
         tensors[name] = value if value is before else settled(value, _dtype(before))
     if not original.experts:
         return replace(weights, tensors=tensors)
-    dtype = _dtype(original.experts[0].gate_up)
+    first = original.experts[0]
+    dtype = _dtype(first.gate_up)
+
+    def bias(value: Tensor | None, before: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(_dtype(before))
+
     experts = tuple(
-        ExpertWeights(
-            settled(expert.gate_up, dtype),
-            settled(expert.down, dtype),
-            None if expert.gate_up_bias is None else expert.gate_up_bias.to(_dtype(original.experts[0].gate_up_bias)),
-            None if expert.down_bias is None else expert.down_bias.to(_dtype(original.experts[0].down_bias)),
+        replace(
+            expert,
+            gate_up=settled(expert.gate_up, dtype),
+            down=settled(expert.down, dtype),
+            gate_up_bias=bias(expert.gate_up_bias, first.gate_up_bias),
+            down_bias=bias(expert.down_bias, first.down_bias),
         )
-        for expert in weights.experts
+        for expert in (map(without_turns, weights.experts) if output == "dense" else weights.experts)
     )
     return replace(weights, tensors=tensors, experts=experts)
 
@@ -168,13 +176,15 @@ def _records(model: StreamModel, prefix: str, weights: LayerWeights, written: Wr
     facts = model.facts.layers[weights.index]
     site, source = facts.site, model.expert_sources[weights.index]
     assert site is not None
+    of_id = weights.experts if weights.slots is None else [weights.experts[place] for place in weights.slots]
     layouts, entries = expert_entries(prefix, weights.experts, weights.slots)
-    written.entries += entries
-    written.experts[prefix] = ExpertsLayout(weights.choices, layouts)
+    turns, beside = turn_entries(prefix, of_id)
+    written.entries += [*entries, *beside]
+    written.experts[prefix] = ExpertsLayout(weights.choices, layouts, turns)
     if weights.gate is not None:
         written.entries += gate_entries(prefix, weights.gate)
         written.gates[prefix] = gate_layout(weights.gate, site.top_k)
-    outputs = [entry.name for entry in entries]
+    outputs = [entry.name for entry in (*entries, *beside)]
     for name, part in source.projections.items():
         action = "quantize" if isinstance(weights.experts[0].projection(name), QuantizedTensor) else "rewrite"
         if part.kind == "per_expert":
@@ -184,7 +194,6 @@ def _records(model: StreamModel, prefix: str, weights: LayerWeights, written: Wr
         else:
             written.note(part.assembly.keys, action, outputs, weights.experts[0].projection(name))
     for name, assembly in source.biases.items():
-        of_id = weights.experts if weights.slots is None else [weights.experts[place] for place in weights.slots]
         biases = [e.gate_up_bias if name == "gate_up" else e.down_bias for e in of_id]
         stacked = torch.stack([bias for bias in biases if bias is not None])
         _write_dense(model, assembly, {assembly.targets[0]: stacked}, "copy", written)
@@ -296,8 +305,35 @@ def outer_output(model: StreamModel, inside: Callable[[str], bool], dropped: Col
     """
     written = Written()
     written.note(dropped, "drop", [])
-    _copy(model, _outer_keys(model, inside, dropped), written)
+    rewritten: set[str] = set()
+    for name, read in model.outer.items():
+        rewritten |= _rewrite_outer(model, name, read, written)
+    _copy(model, [key for key in _outer_keys(model, inside, dropped) if key not in rewritten], written)
     return written
+
+
+def _rewrite_outer(model: StreamModel, name: str, read: Callable[[], Tensor], written: Written) -> set[str]:
+    """One tensor that is read in another way than stored; returns the keys it came from. A tied one gets its name."""
+    assembly = model.key_map.assemblies.get(name)
+    if assembly is None:
+        (key,) = model.key_map.assemblies[model.tied[name]].keys
+    elif assembly.converter is not None or len(assembly.keys) != 1:
+        raise OutputError(message(name, "is stored in another shape than the module has", then="report this model"))
+    else:
+        (key,) = assembly.keys
+    target = name if assembly is None else key
+    shape = model.index.tensors[key].shape
+    written.entries.append(Entry(target, model.reader.logical_dtype(key), shape, partial(_bytes, target, read)))
+    if assembly is None:
+        written.manifest[key]["outputs"].append(name)
+        return set()
+    written.note([key], "rewrite", [key])
+    _note_companions(model, [key], written)
+    return {key}
+
+
+def _bytes(key: str, read: Callable[[], Tensor]) -> Iterable[Buffer]:
+    return tensor_entry(key, read()).data()
 
 
 def check_copied(model: StreamModel, inside: Callable[[str], bool], dropped: Collection[str] = ()) -> None:

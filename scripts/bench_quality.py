@@ -21,6 +21,11 @@ from typing import Any
 
 import yaml
 
+_SMOOTHQUANT = {"smooth.expert": {"alpha": 0.5, "aggregate": "layer", "router": False, "experts": False}}
+_DUQUANT = {"rotate.duquant": {"block": 64}}
+_A4 = {"quantize.rtn": {"activation_bits": 4, "activation_clip": 0.9}}  # 4-bit inputs of experts, per token
+_A4_GPTQ = {"quantize.gptq": {"activation_bits": 4, "activation_clip": 0.9}}
+
 METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "rtn": [{"quantize.rtn": {"grid": "minmax"}}],
     "rtnmse": [{"quantize.rtn": {"grid": "mse"}}],
@@ -32,8 +37,19 @@ METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "learned": [{"quantize.learned": {}}],
     "pmq": [{"allocate.pmq": {}}, {"quantize.gptq": {}}],  # bits: the budget in stored bits per weight
     "global": [{"allocate.global": {}}, {"quantize.gptq": {}}],
+    "a4rtn": [_A4],
+    "a4smoothquant": [_SMOOTHQUANT, _A4],
+    "a4hadamard": [{"rotate.hadamard": {"down_block": 128}}, _A4],
+    "a4duquant": [_DUQUANT, _A4],
+    "a4smoothexpert": [{"smooth.expert": {}}, _A4],
+    "a4eaquant": [{"smooth.expert": {}}, _DUQUANT, _A4],
+    "a4gptq": [_A4_GPTQ],
+    "a4hadamardgptq": [{"rotate.hadamard": {"down_block": 128}}, _A4_GPTQ],
+    "a4duquantgptq": [_DUQUANT, _A4_GPTQ],
+    "a4eaquantgptq": [{"smooth.expert": {}}, _DUQUANT, _A4_GPTQ],
 }
-DATA_FREE = ("rtn", "rtnmse", "hqq")
+CHANNEL = "channel"  # as group size: one scale per output channel
+DATA_FREE = ("rtn", "rtnmse", "hqq", "a4rtn", "a4hadamard")
 
 
 def recipe(row: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -46,7 +62,7 @@ def recipe(row: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]
             if name.startswith("allocate."):
                 parameters["budget"] = f"{bits} bpw"
             elif name.startswith("quantize."):
-                parameters["group_size"] = int(group)
+                parameters["group_size"] = -1 if group == CHANNEL else int(group)
                 if not next(iter(passes[0])).startswith("allocate."):
                     parameters["bits"] = int(bits)
     data: dict[str, Any] = {
@@ -135,7 +151,8 @@ def main() -> None:
         try:
             parts_of(row)
         except ValueError:
-            parser.error(f"row {row}; allowed: METHOD[:KEY=VALUE,...]-BITS-GROUP with METHOD in {', '.join(METHODS)}")
+            form = "METHOD[:KEY=VALUE,...]-BITS-GROUP (or -channel)"
+            parser.error(f"row {row}; allowed: {form} with METHOD in {', '.join(METHODS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     kept = arguments.out / "rows.json"
     rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}

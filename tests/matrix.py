@@ -30,7 +30,7 @@ BEGIN, END = "<!-- matrix: scripts/matrix.py writes this -->", "<!-- end of the 
 FAMILIES = engine.STREAMED
 IDS = engine.random_ids(4, 24)
 # What a pass is given when it has a parameter of that name: what it must be told, and sizes that suit tiny models.
-VALUES: Mapping[str, Any] = {"group_size": 16, "keep": 0.75, "budget": "3 bits", "steps": 4, "ratios": 4}
+VALUES: Mapping[str, Any] = {"group_size": 16, "block": 16, "keep": 0.75, "budget": "3 bits", "steps": 4, "ratios": 4}
 FOLLOWER = {"quantize.rtn": {"bits": 4, "group_size": 16}}
 
 

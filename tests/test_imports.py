@@ -47,6 +47,8 @@ SHARED = (  # modules of passes/ that are no passes
     "allocator",
     "budget",
     "gating",
+    "smoothing",
+    "sampled",
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Outside library -> rooms that may import it, even inside a function.

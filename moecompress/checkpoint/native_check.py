@@ -12,6 +12,7 @@ from moecompress.checkpoint.index import CheckpointIndex
 from moecompress.checkpoint.native import RecordLayout
 from moecompress.checkpoint.native_config import ExpertsLayout, NativeConfig
 from moecompress.checkpoint.native_gate import LEAF
+from moecompress.checkpoint.native_turns import PREFIX, check_turn
 from moecompress.errors import CheckpointError, message
 
 GUARDS = {"experts": "down_proj", "linears": "weight"}
@@ -24,7 +25,8 @@ def is_native_tensor(native: NativeConfig, name: str) -> bool:
     module, _, leaf = name.rpartition(".")
     if module in native.linears:
         return leaf in ("rec0", "weight")
-    return module in native.experts and (leaf.startswith("rec") or leaf in ("slot_map", "down_proj", LEAF))
+    own = leaf.startswith(("rec", PREFIX)) or leaf in ("slot_map", "down_proj", LEAF)
+    return module in native.experts and own
 
 
 def comes_from_native(native: NativeConfig, name: str) -> bool:
@@ -87,6 +89,10 @@ def _check_experts(
     if len(seen) < sum(counts):  # experts may share a record, but none is there for nothing
         wrong = f"{layout.num_experts} experts use {len(seen)} of {sum(counts)} records"
         raise CheckpointError(message(f"{index.root}: {name}", wrong, "every record"))
+    for turn in layout.turns:
+        for leaf, (dtype, wanted) in turn.tensors().items():
+            _expect(index, f"{module}.{leaf}", dtype, wanted)
+            check_turn(f"{index.root}: {module}.{leaf}", read(f"{module}.{leaf}"), turn.block)
     return tuple(counts)
 
 

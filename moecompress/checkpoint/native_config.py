@@ -15,6 +15,7 @@ import torch
 from moecompress.checkpoint.header import is_count, short
 from moecompress.checkpoint.native import FLOATS, LINEAR, MatrixLayout, RecordLayout, plan_record
 from moecompress.checkpoint.native_gate import GateLayout, gate_from_json, gate_to_json
+from moecompress.checkpoint.native_turns import TurnLayout
 from moecompress.errors import CheckpointError, message, suggest
 from moecompress.types import PROJECTIONS, Scheme
 
@@ -34,6 +35,7 @@ _MATRIX_KEYS = (
     "scales",
     "zeros",
 )
+_TURN_KEYS = ("block", "columns", "count", "order", "second")
 _MAX_SIZE = 1 << 31  # rows or columns of one matrix
 
 
@@ -41,11 +43,12 @@ _MAX_SIZE = 1 << 31  # rows or columns of one matrix
 class ExpertsLayout:
     """The routed experts of one module: how many ids the router gives, and the layout of each `rec<k>` tensor.
 
-    Ids may share a record: `slot_map` says which.
+    Ids may share a record: `slot_map` says which. turns: of the experts' inputs, for every id or one for all.
     """
 
     num_experts: int
     records: tuple[RecordLayout, ...]
+    turns: tuple[TurnLayout, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class NativeConfig:
                 name: {
                     "num_experts": module.num_experts,
                     "records": [numbers[layout] for layout in module.records],
+                    **({"turns": {t.projection: _turn_to_json(t) for t in module.turns}} if module.turns else {}),
                 }
                 for name, module in self.experts.items()
             },
@@ -185,7 +189,7 @@ def _described(block: dict[str, Any], where: str) -> tuple[tuple[int, int], Sche
 
 def _experts(block: object, layouts: list[RecordLayout], where: str) -> ExpertsLayout:
     module = _typed(block, dict, where)
-    _exact(module, ("num_experts", "records"), where)
+    _exact(module, ("num_experts", "records", *["turns"] * ("turns" in module)), where)
     count = _typed(module["num_experts"], int, f"{where}.num_experts")
     numbers = _typed(module["records"], list, f"{where}.records")
     if not 0 < len(numbers) <= count:
@@ -193,7 +197,27 @@ def _experts(block: object, layouts: list[RecordLayout], where: str) -> ExpertsL
     records = tuple(_pick(number, layouts, tuple(PROJECTIONS), f"{where}.records") for number in numbers)
     if len(set(records)) < len(records):
         raise CheckpointError(message(f"{where}.records", "a layout appears twice", "each once"))
-    return ExpertsLayout(count, records)
+    turns = _typed(module.get("turns", {}), dict, f"{where}.turns")
+    named = [(_word(name, tuple(PROJECTIONS), f"{where}.turns"), block) for name, block in sorted(turns.items())]
+    found = [_turn(name, block, count, records, f"{where}.turns.{name}") for name, block in named]
+    return ExpertsLayout(count, records, tuple(sorted(found, key=lambda t: PROJECTIONS.index(t.projection))))
+
+
+def _turn_to_json(turn: TurnLayout) -> dict[str, Any]:
+    return {key: getattr(turn, key) for key in _TURN_KEYS}
+
+
+def _turn(name: str, block: object, experts: int, records: tuple[RecordLayout, ...], where: str) -> TurnLayout:
+    fields = _typed(block, dict, where)
+    _exact(fields, _TURN_KEYS, where)
+    sizes = [_typed(fields[key], int, f"{where}.{key}") for key in _TURN_KEYS[:3]]
+    flags = [_typed(fields[key], bool, f"{where}.{key}") for key in _TURN_KEYS[3:]]
+    size, columns, count = sizes
+    received = {record.matrix(name).shape[1] for record in records}
+    if size < 1 or columns % max(1, size) or received != {columns} or count not in (1, experts):
+        found = f"blocks of {size} in {columns} columns, {count} turns; the matrices have {sorted(received)}"
+        raise CheckpointError(message(where, found, f"blocks that divide the columns, 1 or {experts} turns"))
+    return TurnLayout(cast(Any, name), size, columns, count, *flags)
 
 
 def _pick(number: object, layouts: list[RecordLayout], names: tuple[str, ...], where: str) -> RecordLayout:

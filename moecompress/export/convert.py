@@ -16,6 +16,7 @@ from moecompress.errors import OutputError, message
 from moecompress.export.fit import ExportFormat, fitted
 from moecompress.export.source import Output
 from moecompress.numerics.grids import dequantize
+from moecompress.numerics.turn import without_turns
 from moecompress.portable import expert_matrices
 from moecompress.stream.expert_source import OutTensor, dense_tensors
 from moecompress.stream.mapping import disassemble
@@ -87,6 +88,7 @@ def convert_layer(output: Output, target: Target, index: int | None) -> Converte
 def _experts(output: Output, target: Target, index: int, made: Converted) -> None:
     source, experts = output.sources[index], output.model.read_experts(index)
     if target.format == "dense":
+        experts = tuple(map(without_turns, experts))
         tensors = dense_tensors(source, experts, lambda weight: expanded(weight, target.dtype), output.model.skeleton)
         made.entries += [_out_entry(tensor) for tensor in tensors]
         for tensor in tensors:

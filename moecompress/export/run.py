@@ -67,10 +67,13 @@ def choose(output: Output, form: ExportFormat, allow_lossy: bool) -> tuple[Targe
         width = CONTAINER_BITS if form == "container" else None
         fits = [common_fit(experts, width), linear_fit(linears, form == "container")]
     never = [] if form == "dense" else layout_problems(output.layout)
-    if output.model.native is not None and output.model.native.gates:
+    native = output.model.native
+    if native is not None and native.gates:
         never.append("tokens leave out some of their experts per token, which only native outputs can say")
     if form != "dense" and any(_is_router(output, module) for module in output.linears):
         never.append("routers have codes, which only native outputs can say")
+    if native is not None and form != "dense" and any(module.turns for module in native.experts.values()):
+        never.append("experts turn their inputs while they run, which the format cannot say (--format dense can)")
     if form == "gptq":
         never += _ragged(output)
     losses = tuple(dict.fromkeys(loss for fit in fits for loss in fit.losses))

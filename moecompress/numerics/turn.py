@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moecompress.types import Turn
+from moecompress.numerics.grids import dequantize
+from moecompress.types import PROJECTIONS, ExpertWeights, QuantizedTensor, Turn
 
 
 def turned(x: Tensor, turn: Turn) -> Tensor:
@@ -30,6 +31,16 @@ def unturned(x: Tensor, turn: Turn) -> Tensor:
         back = torch.argsort(turn.order.to(made.device, torch.int64))
         made = made[..., back]
     return _blocks(made, turn.first.t()).to(x.dtype)
+
+
+def without_turns(expert: ExpertWeights) -> ExpertWeights:
+    """The same expert with inputs used as they are: matrices that receive turned inputs dense and turned back."""
+    for name in PROJECTIONS:
+        turn, weight = expert.turn(name), expert.projection(name)
+        if turn is not None:
+            values = dequantize(weight) if isinstance(weight, QuantizedTensor) else weight
+            expert = expert.with_projection(name, unturned(values, turn)).with_turn(name, None)
+    return expert
 
 
 def turn_matrix(turn: Turn, columns: int) -> Tensor:

@@ -59,6 +59,7 @@ class AlignRouter(Pass):
     name: ClassVar[str] = "align.router"
     paper: ClassVar[str] = "2508.01625"
     changes: ClassVar[frozenset[str]] = frozenset({"router"})
+    takes_turned: ClassVar[bool] = True
 
     method: Literal["ridge", "topk_mse", "kl_clip", "lm_ce", "kl_logits"] = Field(
         "ridge", description="how the new router is found"

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moecompress.stats.base import Statistic
+from moecompress.stream.model import StreamModel
+from moecompress.stream.residual import Residual, Rotate
 from moecompress.stream.router import RouterView
 from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, NormFold, Scheme, Stream
 
@@ -75,6 +77,8 @@ class LayerContext:
     quantizer: the pass that an allocation made here is for; None outside allocate.* passes.
     collect: runs the layer with the given weights on the pass's stream once more and returns these statistics finished:
     for passes whose statistics would not fit in memory together, or that change the layer in several steps.
+    residual: finds what reads and writes the residual stream in this layer, proved with a rotation x -> x Q;
+    raises UnsupportedModel where the stream cannot be rotated.
     norm_fold: finds the norm that feeds the experts and everything else that reads it, by running the layer on a probe;
     raises UnsupportedModel where a scale cannot be folded into it exactly.
     router: the layer's router beside the original model's, on the pass's token set.
@@ -92,6 +96,7 @@ class LayerContext:
     block_error: RowsToHidden
     collect: Collect
     norm_fold: Callable[[], NormFold]
+    residual: Callable[[Rotate], Residual]
     router: Callable[[], RouterView]
     allocation: Mapping[str, Sequence[int]] | None = None
     quantizer: Pass | None = None
@@ -163,6 +168,8 @@ class Pass(BaseModel):
     expensive: ClassVar[bool] = False  # a finished layer is stored at a barrier instead of applying again
     transforms_experts: ClassVar[bool] = False  # moves scales or rotations in and out of experts; has `restored`
     removes_experts: ClassVar[bool] = False  # `kept` in a layer's decision: numbers of the experts that stay
+    moves_residual: ClassVar[bool] = False  # changes the basis of the residual stream; has `outer`; comes first
+    takes_turned: ClassVar[bool] = False  # may come after a pass that lets experts turn their inputs
     needs_block_error: ClassVar[bool] = False  # LAYER passes that learn from the layer's output error
     gates_experts: ClassVar[bool] = False  # gives layers a gate, which only the native format can hold
 
@@ -196,6 +203,11 @@ class Pass(BaseModel):
         expected ones)."""
         return False
 
+    @property
+    def turns_inputs(self) -> bool:
+        """Whether experts turn their inputs while they run after this pass (types.Turn)."""
+        return False
+
     def statistics_bytes(self, layer: LayerFacts) -> int:
         """Bytes of the statistics this pass holds at once for one layer."""
         site = layer.site
@@ -224,6 +236,10 @@ class Pass(BaseModel):
     def measure(self, context: LayerContext) -> Mapping[str, Mapping[str, Tensor]]:
         """MODEL and TRAIN passes: what is kept of one layer until the decision; by default its statistics."""
         return context.statistics
+
+    def outer(self, model: StreamModel) -> Mapping[str, Callable[[], Tensor]]:
+        """Passes that move the residual stream: how weights outside the layers are read from now on, by module name."""
+        return {}
 
     def decide(self, context: Any) -> Decision:
         """What to do, from the context of the pass's scope."""

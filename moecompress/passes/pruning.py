@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -33,6 +33,8 @@ class Pruning(Shrinking):
     different numbers, `keep` of them on average; every layer keeps enough for its router. (2504.06792, F.4: worse than
     equal numbers for EASY-EP. Needs the native format.)
     """
+
+    takes_turned: ClassVar[bool] = True
 
     counts: Literal["uniform", "global"] = Field(
         "uniform", description="the same number of experts in every layer, or the best of the model"

@@ -41,6 +41,7 @@ class Quantizer(Pass):
     """Symmetric: q in [-2^(b-1), 2^(b-1)-1]; asymmetric: [0, 2^b-1] with a zero point. One symmetric bit: binary."""
 
     changes: ClassVar[frozenset[str]] = frozenset({"experts", "attention", "shared_experts", "dense_mlp"})
+    takes_turned: ClassVar[bool] = True
     trial_hessian: ClassVar[bool] = False  # `trial` wants the second moments of the inputs
 
     bits: Bits | None = Field(
@@ -97,7 +98,7 @@ class Quantizer(Pass):
 
     def with_activation(self, scheme: Scheme) -> Scheme:
         """The scheme with the pass's rounding of inputs."""
-        if self.activation_bits is None:
+        if self.activation_bits is None or scheme.bits == 0:
             return scheme
         kind: Activation = "int4" if self.activation_bits == 4 else "int8"
         return replace(scheme, activation=kind, activation_clip=self.activation_clip)

@@ -10,23 +10,22 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from moecompress.errors import message
 from moecompress.numerics.awq import clip_steps, clipped, scale_candidates
 from moecompress.numerics.grids import GridRule, dequantize, round_to_nearest
 from moecompress.passes.base import Decision, LayerContext, Pass, group_problems, input_columns
 from moecompress.passes.quantizer import Bits, positive_group, scheme_of
+from moecompress.passes.sampled import intermediate
+from moecompress.passes.smoothing import dense, fold_data, scaled_between, smoothed, smoothing_problems, unsmoothed
 from moecompress.stats.base import Statistic
 from moecompress.stats.moments import Weighting
 from moecompress.stats.routing import TokenSample
-from moecompress.stream.fold import scaled_inputs, up_rows
+from moecompress.stream.fold import scaled_inputs
 from moecompress.types import (
     PROJECTIONS,
     ExpertWeights,
     LayerFacts,
     LayerWeights,
     ModelFacts,
-    MoESite,
-    NormFold,
     Projection,
 )
 
@@ -77,18 +76,7 @@ class SmoothAWQ(Pass):
         problems = group_problems(input_columns(facts, ("routed_experts",)), self.group_size)
         if not (self.shared or self.experts or self.clip):
             problems.append("nothing is left to do (works: shared: true, experts: true, or clip: true)")
-        found = [self._layer_problems(facts, layer.index) for layer in facts.moe_layers]
-        return problems + next((reasons for reasons in found if reasons), [])
-
-    def _layer_problems(self, facts: ModelFacts, index: int) -> list[str]:
-        reasons = []
-        if self.shared and (reason := facts.fold_problem(index)) is not None:
-            reasons.append(reason)
-        if self.experts and not facts.linear_up(index):
-            found = "this family's activation is not linear in the up projection"
-            where = f"layer {index}: smoothing between up and down"
-            reasons.append(message(where, found, then="set experts: false"))
-        return reasons
+        return problems + smoothing_problems(facts, shared=self.shared, experts=self.experts)
 
     def decide(self, context: LayerContext) -> Decision:
         """Tensors: `shared` [H] and `experts` [E, I] scales, `clip.gate_up`, `clip.down` uint8 [E, out, G] steps."""
@@ -100,14 +88,14 @@ class SmoothAWQ(Pass):
         if self.shared:
             fold = context.norm_fold()
             tensors["shared"], data["ratio"] = self._shared(context, sample)
-            data |= {"norm": fold.norm, "offset": fold.offset, "readers": list(fold.readers)}
+            data |= fold_data(fold)
             weights = scaled_inputs(weights, fold, tensors["shared"])
             sample = {**sample, "hidden": sample["hidden"].float() / tensors["shared"]}
         if self.experts:
             found = [self._between(context, weights, sample, number) for number in range(len(weights.experts))]
             tensors["experts"] = torch.stack([scale for scale, _ in found])
             data["expert_ratios"] = [ratio for _, ratio in found]
-            weights = _scaled_between(weights, context.layer.site, tensors["experts"])
+            weights = scaled_between(weights, context.layer.site, tensors["experts"])
         if self.clip:
             for projection in PROJECTIONS:
                 tensors[f"clip.{projection}"] = self._clip(context, weights, sample, projection)
@@ -117,28 +105,14 @@ class SmoothAWQ(Pass):
         weights, site, tensors = context.weights, context.layer.site, decision.tensors
         if site is None:
             return weights
-        if "shared" in tensors:
-            fold = NormFold(decision.data["norm"], decision.data["offset"], tuple(decision.data["readers"]))
-            weights = scaled_inputs(weights, fold, tensors["shared"])
-        if "experts" in tensors:
-            weights = _scaled_between(weights, site, tensors["experts"])
+        weights = smoothed(weights, site, decision.data, tensors)
         for projection in PROJECTIONS:
             if f"clip.{projection}" in tensors:
                 weights = _clipped(weights, projection, tensors[f"clip.{projection}"])
         return weights
 
     def restored(self, layer: LayerFacts, decision: Decision, number: int, expert: ExpertWeights) -> ExpertWeights:
-        assert layer.site is not None
-        one = LayerWeights(
-            layer.index, {}, (replace(expert, gate_up=_dense(expert.gate_up), down=_dense(expert.down)),)
-        )
-        if "experts" in decision.tensors:
-            one = _scaled_between(one, layer.site, 1 / decision.tensors["experts"][number][None])
-        expert = one.experts[0]
-        if "shared" in decision.tensors:
-            assert isinstance(expert.gate_up, Tensor)
-            expert = replace(expert, gate_up=expert.gate_up / decision.tensors["shared"])
-        return expert
+        return unsmoothed(layer, decision, number, expert)
 
     def _shared(self, context: LayerContext, sample: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         """The candidate with the least squared error of all experts' outputs when gate and up are rounded under it."""
@@ -150,7 +124,7 @@ class SmoothAWQ(Pass):
                 continue
             wanted = context.forward(expert, inputs)
             for i, scale in enumerate(candidates):
-                tried = replace(expert, gate_up=self._rounded(_dense(expert.gate_up), scale, context.scale_dtype))
+                tried = replace(expert, gate_up=self._rounded(dense(expert.gate_up), scale, context.scale_dtype))
                 errors[i] += ((context.forward(tried, inputs) - wanted) * gates).double().square().sum()
         best = int(errors.argmin())
         return candidates[best], best / self.ratios
@@ -159,7 +133,7 @@ class SmoothAWQ(Pass):
         self, context: LayerContext, weights: LayerWeights, sample: Mapping[str, Tensor], number: int
     ) -> tuple[Tensor, float]:
         """The same for the scale between up and down of one expert; ones for an expert without sampled tokens."""
-        down = _dense(weights.experts[number].down)
+        down = dense(weights.experts[number].down)
         middle, gates = _intermediate(context, weights, sample, number, self._power)
         candidates = scale_candidates(
             middle.abs().mean(0) if len(middle) else down.new_zeros(down.shape[1]), self.ratios
@@ -187,7 +161,7 @@ class SmoothAWQ(Pass):
             inputs, gates = _routed(sample, number, self._power)
             if projection == "down":
                 inputs, gates = _intermediate(context, weights, sample, number, self._power)
-            weight = _dense(expert.projection(projection))
+            weight = dense(expert.projection(projection))
             made.append(clip_steps(weight, inputs * gates, scheme, grid=self.grid, scale_dtype=context.scale_dtype))
         return torch.stack(made)
 
@@ -204,37 +178,13 @@ def _intermediate(
 ) -> tuple[Tensor, Tensor]:
     """What `down` of one expert receives for its sampled tokens, [n, I], and what their errors count [n, 1]."""
     inputs, gates = _routed(sample, number, power)
-    expert = weights.experts[number]
-    projected = inputs @ _dense(expert.gate_up).t()
-    if expert.gate_up_bias is not None:
-        projected = projected + expert.gate_up_bias.float()
-    return context.activate(projected), gates
-
-
-def _dense(weight: Any) -> Tensor:
-    if isinstance(weight, Tensor):
-        return weight if weight.dtype == torch.float64 else weight.float()
-    return dequantize(weight)
-
-
-def _scaled_between(weights: LayerWeights, site: MoESite, scales: Tensor) -> LayerWeights:
-    """Up rows and their biases divided by scales [E, I], down columns multiplied: the same experts."""
-    rows, experts = up_rows(site), []
-    for expert, scale in zip(weights.experts, scales, strict=True):
-        gate_up, down = _dense(expert.gate_up).clone(), _dense(expert.down)
-        gate_up[rows] /= scale.to(gate_up)[:, None]
-        bias = expert.gate_up_bias
-        if bias is not None:
-            bias = _dense(bias).clone()
-            bias[rows] /= scale.to(bias)
-        experts.append(replace(expert, gate_up=gate_up, down=down * scale.to(down), gate_up_bias=bias))
-    return weights.with_experts(tuple(experts))
+    return intermediate(context, weights.experts[number], inputs), gates
 
 
 def _clipped(weights: LayerWeights, projection: Projection, steps: Tensor) -> LayerWeights:
     return weights.with_experts(
         tuple(
-            expert.with_projection(projection, clipped(_dense(expert.projection(projection)), steps[number]))
+            expert.with_projection(projection, clipped(dense(expert.projection(projection)), steps[number]))
             for number, expert in enumerate(weights.experts)
         )
     )

@@ -60,7 +60,7 @@ def find_norm_fold(model: StreamModel, weights: LayerWeights, run: TokenRun, str
     with torch.no_grad():
         with filled_layer(model, weights) as layer, watched_norms(layer, site) as (made, read):
             wanted = call_layer(layer, hidden, call)
-            fold = fold_of(layer, site, made, read, where, _same)
+            fold = fold_of(layer, site, made, read, where, same_values)
         generator = torch.Generator().manual_seed(0)
         trial = 2.0 ** torch.randint(-1, 2, (site.hidden,), generator=generator)
         with filled_layer(model, scaled_inputs(weights, fold, trial)) as layer:
@@ -93,10 +93,10 @@ def fold_of(
         readers.append(f"{name}.weight")
     if not any(name.startswith(f"{site.router}.") for name in readers):
         raise refused(where, "the router does not read what the experts read")
-    return NormFold(f"{feeding[-1]}.weight", _offset(norm, source, where, feeding[-1]), tuple(readers))
+    return NormFold(f"{feeding[-1]}.weight", norm_offset(norm, source, where, feeding[-1]), tuple(readers))
 
 
-def _offset(norm: nn.Module, output: Tensor, where: str, name: str) -> float:
+def norm_offset(norm: nn.Module, output: Tensor, where: str, name: str) -> float:
     """0 when doubling the norm's weight doubles its output, 1 when doubling 1 + weight does."""
     weight, inputs = norm.weight, torch.linspace(-1, 1, output.shape[-1])[None]
     assert isinstance(weight, Tensor)
@@ -165,7 +165,7 @@ def up_rows(site: MoESite) -> slice:
     return slice(site.width, None) if site.concatenated else slice(1, None, 2)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_values(one: Tensor, other: Tensor) -> bool:
     return one.numel() == other.numel() and torch.equal(one.reshape(-1), other.reshape(-1))
 
 

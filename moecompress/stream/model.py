@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moecompress.checkpoint.native import decode, decode_linear
 from moecompress.checkpoint.native_check import check_records, comes_from_native, is_native_tensor
 from moecompress.checkpoint.native_config import NativeConfig
 from moecompress.checkpoint.native_gate import LEAF
+from moecompress.checkpoint.native_turns import with_turns
 from moecompress.checkpoint.portable import QUANT_METHOD as COMPRESSED_TENSORS
 from moecompress.checkpoint.portable import PortableConfig
 from moecompress.checkpoint.portable_reader import PortableReader
@@ -57,6 +58,7 @@ class StreamModel:
     expert_sources: Mapping[int, ExpertSource] = field(repr=False)
     native: NativeConfig | None
     tied: Mapping[str, str]  # module name -> the module tensor whose weights it shares
+    outer: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict, repr=False)  # read so instead, by name
     resized: Mapping[int, Resized] = field(default_factory=dict, repr=False)  # by number of experts, see stream.resize
     single: dict[tuple[int, int], nn.Module] = field(default_factory=dict, repr=False)  # layers of their own size
 
@@ -134,6 +136,8 @@ class StreamModel:
 
     def read_outer(self, name: str) -> Tensor:
         """One tensor outside the layers by its module name (tied names resolve to what they share)."""
+        if name in self.outer:
+            return self.outer[name]()
         source = name if name in self.key_map.assemblies else self.tied.get(name, name)
         if source not in self.key_map.assemblies:
             raise CheckpointError(message(name, "no tensor of the checkpoint provides it"))
@@ -186,12 +190,14 @@ class StreamModel:
         slots = self.reader.read(f"{prefix}.slot_map").tolist()
         rows = [self.reader.read(f"{prefix}.rec{k}") for k in range(len(layouts))]
         found = {(k, row): decode(layouts[k], rows[k][row]) for k, row in map(tuple, slots)}
-        experts = [found[k, row] for k, row in slots]  # ids may share a record
+        shared = [found[k, row] for k, row in slots]  # ids may share a record
+        turns = self.native.experts[prefix].turns
+        experts = with_turns(shared, turns, lambda leaf: self.reader.read(f"{prefix}.{leaf}"))
         if not facts.site.has_bias:
-            return tuple(experts)
+            return experts
         up = self.read_outer(f"{prefix}.{facts.site.gate_up_name}_bias")
         down = self.read_outer(f"{prefix}.down_proj_bias")
-        return tuple(ExpertWeights(e.gate_up, e.down, up[i], down[i]) for i, e in enumerate(experts))
+        return tuple(replace(e, gate_up_bias=up[i], down_bias=down[i]) for i, e in enumerate(experts))
 
     def check_finite(self, name: str, value: Tensor) -> None:
         """Raises NotFinite, naming the tensor, when it holds NaN or Inf."""

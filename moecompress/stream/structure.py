@@ -17,15 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moecompress.errors import UnsupportedModel
+from moecompress.numerics.hadamard import default_block, random_signs, rotated
 from moecompress.stream.attention import watch_attention
 from moecompress.stream.fold import fold_of, linear_in_up, refused, watched_norms
 from moecompress.stream.layers import call_layer, experts_of
 from moecompress.stream.model import StreamModel
 from moecompress.stream.outer import outer_weights
 from moecompress.stream.prelude import LayerCall, record
+from moecompress.stream.rebase import vocabulary
+from moecompress.stream.residual import find_residual, thin_weights
 from moecompress.types import MoESite
 
 _TOKENS = 8
+_LARGEST = 1 << 28  # weights of a layer, without routed experts, that are drawn to try a rotation
 
 
 def with_structure(model: StreamModel) -> StreamModel:
@@ -36,6 +40,7 @@ def with_structure(model: StreamModel) -> StreamModel:
         model.facts,
         fold_problem=lambda index: around(index).fold_problem,
         linear_up=structure.linear_up,
+        rotation_problem=lru_cache(maxsize=None)(structure.rotation_problem),
         expert_gain=lambda index: around(index).gain,
         attends=lambda index: around(index).attends,
     )
@@ -57,6 +62,7 @@ class _Structure:
 
     def __init__(self, model: StreamModel) -> None:
         self._model = model
+        self._rotated: dict[Any, str | None] = {}  # by shapes and site of a layer
 
     def around(self, index: int) -> Around:
         """What one run of layer `index` shows."""
@@ -83,6 +89,28 @@ class _Structure:
         except UnsupportedModel as error:
             return Around(str(error), gain, attends)
         return Around(None, gain, attends)
+
+    def rotation_problem(self, index: int) -> str | None:
+        """Why the residual stream cannot be rotated, as far as layer `index` tells: tried with random weights and
+        narrow experts. None where it can, for a layer like one before, and for layers too large to be tried."""
+        facts = self._model.facts.layers[index]
+        kind = (tuple(facts.shapes.items()), facts.site)
+        if kind in self._rotated or sum(torch.Size(s).numel() for s in facts.shapes.values()) > _LARGEST:
+            return self._rotated.get(kind)
+        size = self._model.facts.hidden_size
+        signs, block = random_signs(size, torch.Generator().manual_seed(0)), default_block(size)
+        hidden, calls = self._entry
+        drawn = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        self._rotated[kind] = None
+        try:
+            weights = thin_weights(self._model, index)
+            find_residual(self._model, weights, calls[index], drawn, lambda x: rotated(x, block, signs))
+            vocabulary(self._model)
+        except UnsupportedModel as error:
+            self._rotated[kind] = str(error)
+        except RuntimeError:  # random weights are not enough: the real ones decide
+            pass
+        return self._rotated[kind]
 
     def linear_up(self, index: int) -> bool:
         """Whether scaling the up rows of layer `index`'s experts scales what `down` receives by as much."""

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import engine
+import exact
 import families
 import layers
 import planted
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from moecompress.errors import RecipeError
 from moecompress.numerics.awq import scale_candidates
@@ -26,7 +27,7 @@ from moecompress.passes.smooth_awq import SmoothAWQ
 from moecompress.plan import make_plan
 from moecompress.recipe import load_recipe
 from moecompress.stream.layers import experts_of, filled_layer
-from moecompress.types import ExpertWeights, LayerWeights, MoESite, QuantizedTensor, Scheme
+from moecompress.types import QuantizedTensor, Scheme
 
 IDS = engine.random_ids(4, 24)
 # In the second line routers or norms compute in float32 whatever the model's dtype.
@@ -36,33 +37,6 @@ FOLDABLE |= {name: 1e-6 for name in ("deepseek_v3", "qwen3_next", "glm4_moe")}
 
 def awq(**options: Any) -> SmoothAWQ:
     return SmoothAWQ(**{"bits": 3, "group_size": 16, "clip": False, **options})
-
-
-def widened(weights: LayerWeights) -> LayerWeights:
-    """The layer in float64."""
-
-    def wide(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    experts = tuple(ExpertWeights(*(wide(part) for part in vars(expert).values())) for expert in weights.experts)
-    return replace(weights, tensors={name: wide(value) for name, value in weights.tensors.items()}, experts=experts)
-
-
-def load_into(layer: nn.Module, site: MoESite, weights: LayerWeights) -> None:
-    """Put canonical weights into transformers' own layer, in its own layout."""
-    names = dict(layer.named_parameters()) | dict(layer.named_buffers())
-    with torch.no_grad():
-        for name, value in weights.tensors.items():
-            assert isinstance(value, Tensor)
-            names[name].copy_(value)
-        module: Any = layer.get_submodule(site.experts)
-        for number, expert in enumerate(weights.experts):
-            for name, value in ((site.gate_up_name, expert.gate_up), ("down_proj", expert.down)):
-                assert isinstance(value, Tensor)
-                getattr(module, name)[number].copy_(value.t() if site.transposed else value)
-                bias = expert.gate_up_bias if name == site.gate_up_name else expert.down_bias
-                if bias is not None:
-                    getattr(module, f"{name}_bias")[number].copy_(bias)
 
 
 @pytest.mark.parametrize("model_type", FOLDABLE)
@@ -86,11 +60,11 @@ def test_the_function_stays_in_float64(model_type: str, tmp_path: Path) -> None:
         name: torch.rand(*found.tensors[name].shape, generator=generator) * 4 + 0.25 for name in scales
     }
     assert {name: value.shape[-1] for name, value in found.tensors.items()} == scales
-    before = widened(at.weights)
+    before = exact.widened(at.weights)
     context: Any = type("Context", (), {"weights": before, "layer": at.model.facts.layers[index]})
     after = step.apply(context, Decision(found.data, drawn))
     name = at.model.facts.layers[index].name
-    load_into(model.get_submodule(name), site, after)
+    exact.load_into(model.get_submodule(name), site, after)
     with torch.no_grad():
         changed = model(input_ids=IDS, use_cache=False).logits
     assert engine.difference(changed, wanted) < FOLDABLE[model_type]
