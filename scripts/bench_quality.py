@@ -26,6 +26,8 @@ _DUQUANT = {"rotate.duquant": {"block": 64}}
 _A4 = {"quantize.rtn": {"activation_bits": 4, "activation_clip": 0.9}}  # 4-bit inputs of experts, per token
 _A4_GPTQ = {"quantize.gptq": {"activation_bits": 4, "activation_clip": 0.9}}
 
+_KL_CLIP = {"align.router": {"method": "kl_clip", "router_bits": 8}}
+
 METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "rtn": [{"quantize.rtn": {"grid": "minmax"}}],
     "rtnmse": [{"quantize.rtn": {"grid": "mse"}}],
@@ -42,13 +44,15 @@ METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "a4hadamard": [{"rotate.hadamard": {"down_block": 128}}, _A4],
     "a4duquant": [_DUQUANT, _A4],
     "a4smoothexpert": [{"smooth.expert": {}}, _A4],
-    "a4eaquant": [{"smooth.expert": {}}, _DUQUANT, _A4],
+    "a4smoothduquant": [{"smooth.expert": {}}, _DUQUANT, _A4],
+    "a4eaquant": [{"smooth.expert": {}}, _DUQUANT, _KL_CLIP, _A4],  # and calibration rows chosen for balance
     "a4gptq": [_A4_GPTQ],
     "a4hadamardgptq": [{"rotate.hadamard": {"down_block": 128}}, _A4_GPTQ],
     "a4duquantgptq": [_DUQUANT, _A4_GPTQ],
-    "a4eaquantgptq": [{"smooth.expert": {}}, _DUQUANT, _A4_GPTQ],
+    "a4eaquantgptq": [{"smooth.expert": {}}, _DUQUANT, _KL_CLIP, _A4_GPTQ],
 }
 CHANNEL = "channel"  # as group size: one scale per output channel
+BALANCED = ("a4eaquant", "a4eaquantgptq")
 DATA_FREE = ("rtn", "rtnmse", "hqq", "a4rtn", "a4hadamard")
 
 
@@ -73,6 +77,8 @@ def recipe(row: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]
     if method not in DATA_FREE:
         source = {"source": "tokens", "files": [str(arguments.tokens)]}
         data["calibration"] = source | {"samples": arguments.samples, "length": arguments.length, "heldout": 0}
+        if method in BALANCED:
+            data["calibration"]["balance"] = {"ratio": 2, "pool": 2}
     return data
 
 
