@@ -213,9 +213,10 @@ class PackedExperts(Packed, Experts):
         activation = recognise(self)
         if activation is None:
             return f"the activation of {type(self).__name__} is none that kernels know"
-        if self.absent():
-            return "experts of 0 bits have no record"
-        return ops.describe_layer(self.layouts, len(self), activation, self.has_bias)
+        layouts = [self.layouts[k] for k in self.filled()]
+        if not layouts:
+            return "no expert has a record"
+        return ops.describe_layer(layouts, len(self), activation, self.has_bias)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.observer is not None or not self.compiled(hidden_states):

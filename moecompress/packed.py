@@ -33,6 +33,10 @@ class Packed(nn.Module):
         self.register_state_dict_pre_hook(_restore)
         self.register_load_state_dict_pre_hook(_restore)
 
+    def filled(self) -> list[int]:
+        """Records that hold anything: all but those of experts of 0 bits."""
+        return [k for k, layout in enumerate(self.layouts) if layout.row_bytes]
+
     def described(self) -> Layer | str:
         """The layer as backends see it, or the reason why it cannot be told. Here: one Linear."""
         return ops.describe_layer(self.layouts, 1)
@@ -52,14 +56,22 @@ class Packed(nn.Module):
             return self.choice
         records = [getattr(self, f"rec{k}") for k in range(len(self.layouts))]
         described = self.described()
+        kept = self.filled()
         if isinstance(described, str):
             self.choice = Choice(TORCH, tuple((name, described) for name in ops.ORDER))
             return self.choice
         self.choice, self.layer = ops.choose(described, records[0].device), described
         self.text = described.text
         if self.choice.backend != TORCH:
-            values = [record.data for record in records]
-            self.handle = ops.backend(self.choice.backend).prepare(described, values, self.slots().data, self.biases())
+            values = [records[k].data for k in kept]
+            slots = self.slots().data
+            if len(kept) < len(records):  # experts of 0 bits get no tokens: any record stands for them
+                slots = torch.tensor(
+                    [[kept.index(k), row] if k in kept else [0, 0] for k, row in slots.tolist()],
+                    dtype=slots.dtype,
+                    device=slots.device,
+                )
+            self.handle = ops.backend(self.choice.backend).prepare(described, values, slots, self.biases())
             for record in records:
                 record.data = record.new_empty(record.shape[0], 0)
         return self.choice
@@ -72,12 +84,13 @@ class Packed(nn.Module):
             for k, (count, layout) in enumerate(zip(counts, self.layouts, strict=True)):
                 getattr(self, f"rec{k}").data = self.handle[0].new_empty(count, layout.row_bytes, dtype=torch.uint8)
             for index, (k, row) in enumerate(self.slots().tolist()):
-                getattr(self, f"rec{k}").data[row] = self.record(index)
+                if self.layouts[k].row_bytes:
+                    getattr(self, f"rec{k}").data[row] = self.record(index)
         self.choice, self.handle, self.layer, self.text = None, [], None, ""
 
     def record(self, index: int) -> Tensor:
         """One record, uint8 [R], whoever holds it."""
-        if self.handle:
+        if self.handle and self.layouts[int(self.slots()[index, 0])].row_bytes:
             assert self.choice is not None and self.layer is not None
             return ops.backend(self.choice.backend).record(self.layer, self.handle, index)
         k, row = self.slots()[index].tolist()
