@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from moecompress.checkpoint.native_gate import GateLayout
 from moecompress.errors import UnsupportedModel, message
 from moecompress.gate import Gate
+from moecompress.numerics.activation import rounded_as
 from moecompress.numerics.gating import gated, most_important
+from moecompress.numerics.turn import turned
+from moecompress.types import ExpertWeights, Projection, QuantizedTensor, Scheme
 
 
 class ExpertObserver(Protocol):
@@ -26,6 +29,17 @@ class ExpertObserver(Protocol):
         """rows int64 [n], weights [n], inputs [n, H], intermediate [n, I], unweighted outputs [n, H].
 
         inputs, intermediate: as gate_up and down receive them (`received`)."""
+
+
+def received(weights: ExpertWeights, projection: Projection, inputs: Tensor, scheme: Scheme | None = None) -> Tensor:
+    """What one matrix of an expert multiplies: its inputs [n, c] in its basis, then rounded as its scheme says.
+
+    scheme: for a matrix without codes, how it will be stored; None = as it is, with full inputs.
+    """
+    weight, turn = weights.projection(projection), weights.turn(projection)
+    inputs = inputs if turn is None else turned(inputs, turn)
+    scheme = weight.scheme if isinstance(weight, QuantizedTensor) else scheme
+    return inputs if scheme is None else rounded_as(scheme, inputs)
 
 
 def share_slots(ids: Tensor, weights: Tensor, skip: int) -> tuple[Tensor, Tensor]:

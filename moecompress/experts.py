@@ -21,25 +21,14 @@ from moecompress.arch.activation import recognise
 from moecompress.checkpoint.native import LINEAR, RecordLayout, decode, decode_linear
 from moecompress.checkpoint.native_gate import GateLayout
 from moecompress.checkpoint.native_turns import TurnLayout
-from moecompress.dispatch import Dispatch
+from moecompress.dispatch import Dispatch, received
 from moecompress.errors import CheckpointError, UnsupportedModel, message
 from moecompress.numerics.activation import rounded_as
 from moecompress.numerics.grids import is_absent
-from moecompress.numerics.turn import turned, without_turns
+from moecompress.numerics.turn import without_turns
 from moecompress.ops import Layer, materialise, routed_slots
 from moecompress.packed import Packed
-from moecompress.types import ExpertWeights, Projection, QuantizedTensor, Scheme
-
-
-def received(weights: ExpertWeights, projection: Projection, inputs: Tensor, scheme: Scheme | None = None) -> Tensor:
-    """What one matrix of an expert multiplies: its inputs [n, c] in its basis, then rounded as its scheme says.
-
-    scheme: for a matrix without codes, how it will be stored; None = as it is, with full inputs.
-    """
-    weight, turn = weights.projection(projection), weights.turn(projection)
-    inputs = inputs if turn is None else turned(inputs, turn)
-    scheme = weight.scheme if isinstance(weight, QuantizedTensor) else scheme
-    return inputs if scheme is None else rounded_as(scheme, inputs)
+from moecompress.types import ExpertWeights, Projection, Scheme
 
 
 class Experts(Dispatch):

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from moecompress.dispatch import received
 from moecompress.errors import CalibrationError, CoverageError, RecipeError, message
-from moecompress.experts import received
 from moecompress.numerics.block import BlockSample, Moments, gptq_expert, own_outputs, pooled_moments, routed
 from moecompress.numerics.grids import round_to_nearest
 from moecompress.numerics.learned import Decay, Learned, Optimizer, Rounding, Schedule, learn_block
