@@ -198,6 +198,13 @@ def numbers(text: str) -> list[int]:
 
 
 def main() -> int:
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--device")
+    chosen, words = chooser.parse_known_args()
+    if chosen.device == "cuda":  # which has its own sizes, checks and way of timing
+        from bench_cuda import main as bench_cuda
+
+        return bench_cuda(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="short measurements, fewer sizes")
@@ -213,9 +220,6 @@ def main() -> int:
     arguments.threads = arguments.threads or sorted({1, min(2, cores)})
     arguments.shapes = arguments.shapes or (["qwen3"] if arguments.quick else ["qwen3", "mixtral"])
     arguments.tokens = arguments.tokens or ([1, 16] if arguments.quick else [1, 4, 16, 64, 256])
-    if arguments.device == "cuda":
-        print("bench_kernels: CUDA kernels are measured by scripts/bench_cuda.py", file=sys.stderr)
-        return 2
     if reason := ops.unavailable("cpu"):
         print(f"bench_kernels: the compiled CPU kernels cannot run: {reason}", file=sys.stderr)
         return 2
