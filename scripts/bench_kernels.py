@@ -80,7 +80,7 @@ def measure(run: Callable[[Any], Any], inputs: list[Any], seconds: float) -> tup
     """(median, least) milliseconds of calls on the inputs in turn."""
     run(inputs[0])
     times, began, turn = [], time.perf_counter(), 0
-    while turn < 5 or time.perf_counter() - began < seconds:
+    while turn < 3 or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         run(inputs[turn % len(inputs)])
         times.append((time.perf_counter() - start) * 1e3)

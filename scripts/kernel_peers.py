@@ -107,7 +107,7 @@ class OnnxRuntime(Peer):
 
         self.library, self.count = onnxruntime, 1
         size = 3 * sizes.hidden * sizes.width // 2
-        super().__init__(sizes, max(2 * sizes.per_token, (192 << 20) // size))
+        super().__init__(sizes, max(2 * sizes.per_token, (64 << 20) // size))
 
     def threads(self, count: int) -> None:
         if count != self.count:
@@ -147,6 +147,8 @@ class OnnxRuntime(Peer):
         options = self.library.SessionOptions()
         options.intra_op_num_threads = self.count
         options.inter_op_num_threads = 1
+        # every session has threads of its own, and dozens that spin would take the processors from each other
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return self.library.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def linear(self, x: Tensor, weight: Any, rows: int) -> Tensor:
