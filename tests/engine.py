@@ -192,3 +192,17 @@ def reload_here(patch: pytest.MonkeyPatch) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
+
+
+def calibrated_recipe(folder: Path, source: Path, *passes: Any, **sections: Any) -> Path:
+    """A recipe in `folder` (made here), calibrated on 8 x 24 tokens of `ids.safetensors` beside the source."""
+    folder.mkdir(exist_ok=True)
+    calibration = {"source": "tokens", "files": [str(source.parent / "ids.safetensors")], "samples": 8, "length": 24}
+    return write_recipe(folder, source, passes, calibration=calibration, **sections)
+
+
+def finished_run(folder: Path, source: Path, *passes: Any, **sections: Any) -> Path:
+    """The output directory of such a recipe."""
+    done = command("run", calibrated_recipe(folder, source, *passes, **sections))
+    assert done.code == 0, done.err
+    return folder / "out"

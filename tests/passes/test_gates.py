@@ -11,6 +11,8 @@ import engine
 import families
 import pytest
 import torch
+from engine import calibrated_recipe as recipe
+from engine import finished_run as run
 from safetensors.torch import save_file
 
 import moecompress
@@ -46,18 +48,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     save_file({"ids": engine.random_ids(16, 24, seed=3)}, folder / "ids.safetensors")
     return families.save_tiny("qwen3_moe", folder / "model", torch.bfloat16, **SMALL)
-
-
-def recipe(folder: Path, source: Path, *passes: Any, **sections: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    calibration = {"source": "tokens", "files": [str(source.parent / "ids.safetensors")], "samples": 8, "length": 24}
-    return engine.write_recipe(folder, source, passes, calibration=calibration, **sections)
-
-
-def run(folder: Path, source: Path, *passes: Any, **sections: Any) -> Path:
-    done = engine.command("run", recipe(folder, source, *passes, **sections))
-    assert done.code == 0, done.err
-    return folder / "out"
 
 
 @pytest.fixture(scope="module")
