@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moecompress.calib import SourceSpec, build_token_set, load_tokenizer
 from moecompress.calib.ebss import describe, first_tokens, forbidden_ids
-from moecompress.calib.options import BALANCED, PAPER, EbssOptions, EbssSettings
+from moecompress.calib.options import BALANCED, PAPER, Balance, EbssOptions, EbssSettings
 from moecompress.calib.search import Corpus, search
 from moecompress.calib.workshop import Workshop
 from moecompress.errors import CalibrationError
@@ -180,7 +180,15 @@ def test_every_option_changes_the_search_as_it_says() -> None:
 def sampled(model: StreamModel, folder: Path, samples: int, length: int, tokenizer: Any = None, **options: Any) -> Any:
     seed = options.pop("seed", 0)
     special = {"special": "allow"} if tokenizer is None else {}
-    spec = SourceSpec("ebss", samples=samples, length=length, seed=seed, options=EbssOptions(**{**special, **options}))
+    balance = options.pop("balance", None)
+    spec = SourceSpec(
+        "ebss",
+        samples=samples,
+        length=length,
+        seed=seed,
+        options=EbssOptions(**{**special, **options}),
+        balance=balance,
+    )
     workshop = Workshop(model, folder / "scratch", folder / "kept")
     size = model.facts.vocab_size
     return build_token_set("e", spec, tokenizer, vocab_size=size, cache_dir=folder / "kept", workshop=workshop)
@@ -226,6 +234,14 @@ def test_scores_equal_a_recomputation_from_scratch_in_float64(family: str, tmp_p
                     routes[layer_index, ids[-1]] += 1
         assert likelihood == pytest.approx(want, abs=1e-4)
         assert torch.equal(counts, routes)
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "deepseek_v4", "nemotron_h", "qwen3_vl_moe", "phimoe", "aria_text"])
+def test_unusual_families_sample_and_are_balanced(family: str, tmp_path: Path) -> None:
+    model = open_model(families.save_tiny(family, tmp_path / "model"))
+    made = sampled(model, tmp_path, 4, 5, balance=Balance(pool=2.0, ratio=4.0))
+    assert made.ids.shape[1] == 5 and made.origin["balance"]["pool"] == 8
+    assert made.origin["balance"]["chosen"]["least_tokens"] >= made.origin["balance"]["drawn"]["least_tokens"]
 
 
 def test_batches_generators_and_seeds(tiny: StreamModel, tmp_path: Path) -> None:
