@@ -38,6 +38,9 @@ class MergeDERN(Pruning):
     expensive: ClassVar[bool] = True
 
     counts: Literal["uniform"] = Field("uniform", description="the same number of experts in every layer")
+    retain: Literal["gate", "reap"] = Field(
+        "gate", description="what stays: the largest sums of routing weights (paper), or REAP's mean weighted outputs"
+    )
     threshold: float = Field(0.6, ge=-1, le=1, description="similarity above which a neuron moves")
     gate_weight: float = Field(0.0, ge=0, description="share of the gate rows' cosine in the similarity")
     up_weight: float = Field(0.5, ge=0, description="share of the up rows' cosine")
@@ -52,7 +55,7 @@ class MergeDERN(Pruning):
     guard: bool = Field(True, description="only prune a layer whose output would come out worse")
 
     def scores(self, context: LayerContext) -> Tensor:
-        return activity_score(context.statistics, 0, 1, 0)
+        return activity_score(context.statistics, *((0, 1, 0) if self.retain == "gate" else (1, 1, 1)))
 
     def needs(self) -> tuple[Statistic, ...]:
         return (*super().needs(), *([TokenSample(SAMPLE)] if self.guard else []))

@@ -225,10 +225,11 @@ def test_experts_shared_once_cannot_be_removed_again(tmp_path: Path) -> None:
     assert done.code == 2 and "share experts" in done.out + done.err
 
 
-def test_dern_says_when_it_only_prunes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("retain", ["gate", "reap"])
+def test_dern_says_when_it_only_prunes(retain: str, tmp_path: Path) -> None:
     source = families.save_tiny("qwen3_moe", tmp_path / "model", torch.float32)
-    plain = execute(tmp_path / "plain", source, [{"prune.gate": {"keep": 6}}])
-    out = execute(tmp_path / "dern", source, [{"merge.dern": {"keep": 6, "threshold": 0.95}}])
+    plain = execute(tmp_path / "plain", source, [{f"prune.{retain}": {"keep": 6}}])
+    out = execute(tmp_path / "dern", source, [{"merge.dern": {"keep": 6, "threshold": 0.95, "retain": retain}}])
     for row in engine.read_json(out / "moecompress" / "report.json")["layers"]:
         assert row["notes"] == {"transferred_fraction": 0.0, "plain_pruning": True}
     one, two = stored(plain), stored(out)
