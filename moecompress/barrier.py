@@ -44,7 +44,8 @@ def _train_context(
     generator = seeded(getattr(step, "seed", 0), step.name, -1)
     resident = fits_in_memory(2 * job.model.facts.source_bytes)  # held in float32, and what gradients need of it
     weights = weights_before(job, position)
-    return TrainContext(job.model, job.tokens, weights, statistics, generator, resident, progress.note)
+    source = weights_before(job, 1) if job.moved else None
+    return TrainContext(job.model, job.tokens, weights, statistics, generator, resident, progress.note, source)
 
 
 def model_context(job: Job, position: int, statistics: Mapping[int, Mapping[str, Any]]) -> ModelContext:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from moecompress.job import PROBE, Finished, Job, seeded
+from moecompress.layerstore import load_decision
 from moecompress.passes.base import LayerContext, Pass, RowsToHidden
 from moecompress.stats.base import Statistic
 from moecompress.stream.collect import Collector, Partner
 from moecompress.stream.fold import find_norm_fold
 from moecompress.stream.hidden import HiddenStore
-from moecompress.stream.layers import experts_of
+from moecompress.stream.layers import experts_of, filled_layer
 from moecompress.stream.residual import Residual, Rotate, find_residual
 from moecompress.stream.router import RouterView
 from moecompress.stream.streams import run_layer
@@ -55,7 +56,7 @@ def layer_context(job: Job, step: Pass, layer: Any, weights: LayerWeights, finis
         quantizer=job.quantizer_after(step),
         residual=lambda rotate: _residual(job, weights, rotate),
         norm_fold=lambda: find_norm_fold(job.model, weights, job.tokens[PROBE], step.propagate),
-        router=lambda: RouterView(job.model, job.tokens[set_of(job, step)], step.propagate, weights),
+        router=lambda: _router(job, step, weights),
         collect=_Again(job, step, weights).collect,
         generator=seeded(getattr(step, "seed", 0), step.name, weights.index),
     )
@@ -109,6 +110,18 @@ def _allocation(job: Job, step: Pass, index: int) -> Mapping[str, Sequence[int]]
             found: Mapping[str, Sequence[int]] = layers[str(index)]["bits"]
             return found
     return None
+
+
+def _router(job: Job, step: Pass, weights: LayerWeights) -> RouterView:
+    """The router's view of a layer; its original is in the basis that a first pass gave both streams."""
+    source, run = None, job.tokens[set_of(job, step)]
+    if job.moved:
+        original = job.model.read_layer(weights.index)
+        decision = load_decision(job.run.decisions / job.folder(0), f"{weights.index:05d}")
+        assert decision is not None, "the first pass has decided before any other"
+        with filled_layer(job.model, original) as layer:
+            source = job.passes[0].apply(layer_context(job, job.passes[0], layer, original, {}), decision)
+    return RouterView(job.model, run, step.propagate, weights, source)
 
 
 def _block_error(job: Job, step: Pass, index: int) -> RowsToHidden:

@@ -40,6 +40,7 @@ class AtLayer:
             tokens={"default": self.run, "probe": self.probe},
             report_set="default",
             position=lambda _: 0,  # no allocation before
+            moved=False,
             quantizer_after=lambda _: None,
         )
         return layer_context(job, step, module, weights, statistics)  # type: ignore[arg-type]

@@ -231,8 +231,10 @@ class AlignRouter(Pass):
         found = tune(context, start, dtypes, loss, batches, judges, steps=self.steps, lr=self.lr)
         first, last = found.losses[0][1], dict(found.losses)[found.best]
         accepted = found.best > 0 and last < first * (1 - self.min_gain)
-        before = router_scores(context.model, run, judge, context.weights)
-        after = router_scores(context.model, run, judge, replaced(context, found.tensors).weights)
+        source, tuned = context.source or context.model.read_layer, replaced(context, found.tensors).weights
+        before, after = (
+            router_scores(context.model, run, judge, source, weights) for weights in (context.weights, tuned)
+        )
         notes: dict[str, Any] = {}
         for layer, scores in before.items():
             change = _change(start, found.tensors, layer)

@@ -62,11 +62,19 @@ def judges_of(run: TokenRun) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
 class RouterView:
     """The router of one layer on one token set. weights: the layer as the passes before left it.
 
-    judge: the held-out sequences, or every 8th one where none is held out; learn: the others. No statistic sees a
-    judging sequence.
+    source: the layer that the original stream runs through, where a first pass has put both streams into another basis;
+    None = the checkpoint's. judge: the held-out sequences, or every 8th one where none is held out; learn: the others.
+    No statistic sees a judging sequence.
     """
 
-    def __init__(self, model: StreamModel, run: TokenRun, stream: Stream, weights: LayerWeights) -> None:
+    def __init__(
+        self,
+        model: StreamModel,
+        run: TokenRun,
+        stream: Stream,
+        weights: LayerWeights,
+        source: LayerWeights | None = None,
+    ) -> None:
         """Raises UnsupportedModel for a layer without a router matrix, CalibrationError for too few sequences."""
         self._model, self._run, self._stream, self._weights = model, run, stream, weights
         facts = model.facts_of(weights)
@@ -80,7 +88,9 @@ class RouterView:
         self.columns = facts.shapes[self.weight][1] + (self.bias is not None)
         self._sources = _sources(model, weights)
         empty = (ExpertWeights(torch.empty(0), torch.empty(0)),) * self._source_experts  # they never run
-        self._source = LayerWeights(weights.index, model.read_tensors(weights.index, check=False), empty)
+        stored = model.read_tensors(weights.index, check=False)
+        self._dtypes = {name: value.dtype for name, value in stored.items() if isinstance(value, Tensor)}
+        self._source = LayerWeights(weights.index, stored if source is None else source.tensors, empty)
         self.heldout, self.judge, self.learn = judges_of(run)
         self._wanted: HiddenStore | None = None
         self._original: tuple[Tensor, Tensor] | None = None
@@ -95,7 +105,7 @@ class RouterView:
         parts = {self.weight: matrix if self.bias is None else matrix[:, :-1]}
         if self.bias is not None:
             parts[self.bias] = matrix[:, -1]
-        return {name: value.to(self._dtype(name)).contiguous() for name, value in parts.items()}
+        return {name: value.to(self._dtypes[name]).contiguous() for name, value in parts.items()}
 
     def collect(self, statistic: Statistic) -> dict[str, Tensor]:
         """A statistic of router observations, finished, over the sequences to learn from."""
@@ -171,11 +181,6 @@ class RouterView:
     def _extended(self, inputs: Tensor) -> Tensor:
         return inputs if self.bias is None else F.pad(inputs, (0, 1), value=1.0)
 
-    def _dtype(self, name: str) -> torch.dtype:
-        value = self._source.tensors[name]
-        assert isinstance(value, Tensor)
-        return value.dtype
-
     def _visit(
         self, weights: LayerWeights, stream: Stream, sequences: Collection[int], see: Callable[[RouterCall], None]
     ) -> None:
@@ -185,11 +190,16 @@ class RouterView:
 
 
 def router_scores(
-    model: StreamModel, run: TokenRun, sequences: Sequence[int], weights: Callable[[int], LayerWeights]
+    model: StreamModel,
+    run: TokenRun,
+    sequences: Sequence[int],
+    source: Callable[[int], LayerWeights],
+    weights: Callable[[int], LayerWeights],
 ) -> dict[int, RouterScore]:
     """Every MoE layer's router against the original model's on these sequences, each behind its own model's layers.
 
-    weights: of the compressed model's layers. The streams of `run` stay as they are.
+    source, weights: layers of the original and of the compressed model, in the same basis. The streams of `run` stay
+    as they are.
     """
     tokens = TokenSet("router-scores", run.tokens.ids[list(sequences)], {}, "")
     size = max(len(batch.rows) for batch in run.batches) * tokens.ids.shape[1]
@@ -197,7 +207,7 @@ def router_scores(
     own = start_run(model, tokens, run.folder, batch_tokens=size, streams=both)
     found = {}
     for layer in model.facts.layers:
-        made, logs = {both[0]: model.read_layer(layer.index), both[1]: weights(layer.index)}, []
+        made, logs = {both[0]: source(layer.index), both[1]: weights(layer.index)}, []
         for stream in both:
             collector = None
             if layer.site is not None:

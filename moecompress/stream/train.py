@@ -35,7 +35,8 @@ class TrainContext:
     """What a TRAIN pass decides on. weights(l): the layer as the passes before left it.
 
     tokens: by name; both streams are behind the last layer. statistics: what `measure` kept, by layer. resident:
-    whether the whole model fits into memory. note: tells the user something.
+    whether the whole model fits into memory. note: tells the user something. source(l): the layers of the original
+    stream, where a first pass has put both streams into another basis; None = the checkpoint's.
     """
 
     model: StreamModel
@@ -45,6 +46,7 @@ class TrainContext:
     generator: Callable[..., torch.Generator]
     resident: bool
     note: Callable[[str], None]
+    source: Weights | None = None
 
     def forward_backward(
         self, loss: Loss, trainables: Trainables, batch: TokenBatch, *, resident: bool = False

@@ -105,6 +105,25 @@ def test_exact_transforms_before_it_change_nothing(bench_a: Path, tmp_path: Path
     assert decision.data["router"]["kl"][0] < 1e-9 and decision.data["router"]["change"] < 1e-3
 
 
+@pytest.mark.parametrize("method", ["ridge", "kl_logits"])
+def test_a_rotated_residual_stream_has_nothing_to_repair(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both streams are in the new basis then, and so is the router that gives the targets."""
+    engine.reload_here(monkeypatch)
+    path = families.save_tiny("qwen3_moe", tmp_path / "model", torch.float32)
+    save_file({"ids": engine.random_ids(16, 24)}, tmp_path / "ids.safetensors")
+    calibration = {"source": "tokens", "files": [str(tmp_path / "ids.safetensors")], "samples": 16, "length": 24}
+    options = {"steps": 1, "lr": 1e-9} if method == "kl_logits" else {}
+    passes: list[Any] = [{"rotate.hadamard": {}}, {"align.router": {"method": method, **options}}]
+    done = engine.command("run", engine.write_recipe(tmp_path, path, passes, calibration=calibration))
+    assert done.code == 0, done.err
+    for row in engine.read_json(tmp_path / "out" / "moecompress" / "report.json")["layers"]:
+        said = row["router"]["aligned"][0]
+        assert max(said["kl"]) < 1e-8 and min(said["agreement"]) > 0.999 and said["change"] < 1e-3
+        assert said["loss"] is None or said["loss"][0] < 1e-6
+
+
 def drifted(at: layers.AtLayer, sequences: Any, size: float) -> None:
     """Noise in the compressed stream of these sequences."""
     store = at.run.store("compressed", at.index)
