@@ -28,17 +28,26 @@ import torch
 from bench_pruning import outcome
 from safetensors.torch import load_file, save_file
 
-WIDTHS = {"w4": (4, -1), "w3g32": (3, 32), "w2g32": (2, 32)}
-SEEDS = {"w4": (0,), "w3g32": (0, 1, 2), "w2g32": (0, 1, 2)}
+WIDTHS = {"w4": (4, -1), "w3": (3, -1), "w3g32": (3, 32), "w2g32": (2, 32)}
+SEEDS = {"w4": (0,), "w3": (0,), "w3g32": (0, 1, 2), "w2g32": (0, 1, 2)}
 
 ROTATE: dict[str, Any] = {"rotate.hadamard": {}}
 ROUTER: dict[str, Any] = {"align.router": {}}
 PLAIN = {"grid": "minmax"}
 AGQ = {"weighting": "affinity"}
+SMOOTHQUANT: dict[str, Any] = {"smooth.expert": {"alpha": 0.5, "aggregate": "layer", "router": False, "experts": False}}
+SMOOTH: dict[str, Any] = {"smooth.expert": {}}
+DUQUANT: dict[str, Any] = {"rotate.duquant": {"block": 64, "steps": 48}}
+KL_CLIP: dict[str, Any] = {"align.router": {"method": "kl_clip", "router_bits": 8}}
 
 
 def gptq(*before: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
     return [*before, {"quantize.gptq": {**PLAIN, **options}}]
+
+
+def a4(*before: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rounded to nearest on searched grids, and what the experts receive rounded to 4 bits per token."""
+    return [*before, {"quantize.rtn": {"grid": "mse", "activation_bits": 4, "activation_clip": 0.9}}]
 
 
 def learned(*before: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
@@ -67,10 +76,25 @@ METHODS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "learned": (learned(), "text"),
     "learned+router": (learned(ROUTER), "text"),
     "learned+all": (learned(ROTATE, ROUTER), "half-balanced"),
+    "a16-rtn": ([{"quantize.rtn": {"grid": "mse"}}], "none"),
+    "a4-rtn": (a4(), "none"),
+    "a4-smoothquant": (a4(SMOOTHQUANT), "text"),
+    "a4-hadamard": (a4({"rotate.hadamard": {"down_block": 128}}), "none"),
+    "a4-duquant": (a4(DUQUANT), "text"),
+    "a4-smooth": (a4(SMOOTH), "text"),
+    "a4-smooth+duquant": (a4(SMOOTH, DUQUANT), "text"),
+    "a4-eaquant": (a4(SMOOTH, DUQUANT, KL_CLIP), "text-balanced"),
 }
 #: `-balanced`: rows are chosen from so many times more, so that experts are used evenly
 BALANCE: dict[str, Any] = {"pool": 2.5, "fill": "even", "grow": False}
-DEFAULT = tuple(f"{method}/{width}/{seed}" for width in WIDTHS for method in METHODS for seed in SEEDS[width])
+_ROUNDED = tuple(method for method in METHODS if method.startswith(("a4-", "a16-")))  # per channel, as published
+DEFAULT = tuple(
+    f"{method}/{width}/{seed}"
+    for width in WIDTHS
+    for method in METHODS
+    for seed in SEEDS[width]
+    if width == "w4" or (method in _ROUNDED) == (width == "w3")
+)
 
 
 def drawn(files: Sequence[Path], seed: int, rows: int, target: Path) -> Path:
