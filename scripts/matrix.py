@@ -1,10 +1,11 @@
 """Try every registered pass on every supported tiny family, and write the table of the README.
 
     python scripts/matrix.py WORK [--pass NAME ...] [--family NAME ...] [--minutes 15]   # resumable
+    python scripts/matrix.py WORK --plan      # only plans, of what was not run yet: seconds instead of minutes
     python scripts/matrix.py WORK --write     # tests/matrix.json and README.md from what WORK holds
 
-WORK/rows.json keeps what was found. An error that is neither success nor a refusal by the plan is kept as such and
-printed; it makes the exit code 1, and `--write` refuses it.
+WORK/rows.json keeps what was found; it starts as what tests/matrix.json holds. An error that is neither success nor a
+refusal by the plan is kept as such and printed; it makes the exit code 1, and `--write` refuses it.
 """
 
 from __future__ import annotations
@@ -30,16 +31,31 @@ import transformers  # noqa: E402
 from moecompress import registry  # noqa: E402
 
 
-def one(name: str, family: str, work: Path) -> dict[str, str]:
-    """{} for success, {"refused": reason} or {"error": text}."""
+def one(name: str, family: str, work: Path, planned: bool) -> dict[str, str]:
+    """{} for success, {"planned": ""}, {"refused": reason} or {"error": text}."""
     folder = work / "run"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        found = matrix.attempt(matrix.steps_of(name), matrix.source(family, work / "models"), folder)
+        found = matrix.attempt(matrix.steps_of(name), matrix.source(family, work / "models"), folder, planned=planned)
     except Exception as error:  # whatever it is, it is a finding
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
-    return {} if found.refused is None else {"refused": found.refused}
+    if found.refused is not None:
+        return {"refused": found.refused}
+    return {"planned": ""} if planned else {}
+
+
+def known() -> dict[str, dict[str, str]]:
+    """The rows of tests/matrix.json."""
+    if not matrix.KEPT.is_file():
+        return {}
+    found, rows = matrix.kept(), {}
+    for name in found["passes"]:
+        for family in found["families"]:
+            why = found["refused"].get(name, {}).get(family)
+            planned = family in found["planned"].get(name, ())
+            rows[f"{name} {family}"] = {"refused": why} if why is not None else {"planned": ""} if planned else {}
+    return rows
 
 
 def write(rows: dict[str, dict[str, str]]) -> None:
@@ -53,7 +69,8 @@ def write(rows: dict[str, dict[str, str]]) -> None:
         name: {family: why for family in families if (why := rows[f"{name} {family}"].get("refused")) is not None}
         for name in passes
     }
-    found = {"passes": passes, "families": families, "refused": refused}
+    planned = {name: [family for family in families if "planned" in rows[f"{name} {family}"]] for name in passes}
+    found = {"passes": passes, "families": families, "refused": refused, "planned": planned}
     matrix.KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = matrix.README.read_text("utf-8")
     before, rest = text.split(matrix.BEGIN)
@@ -66,11 +83,12 @@ def main() -> int:
     parser.add_argument("--pass", dest="passes", nargs="+", default=registry.pass_names())
     parser.add_argument("--family", nargs="+", default=matrix.FAMILIES)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after this time")
+    parser.add_argument("--plan", action="store_true", help="plan what was not run yet")
     parser.add_argument("--write", action="store_true", help="write tests/matrix.json and README.md, run nothing")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / "rows.json"
-    rows = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
+    rows = json.loads(kept.read_text("utf-8")) if kept.is_file() else known()
     if options.write:
         write(rows)
         return 0
@@ -81,10 +99,11 @@ def main() -> int:
         for family in options.family:
             for name in options.passes:
                 key = f"{name} {family}"
-                if time.monotonic() > end or ("error" not in rows.get(key, {"error": ""})):
+                row = rows.get(key, {"error": ""})
+                if time.monotonic() > end or not ("error" in row or ("planned" in row and not options.plan)):
                     continue
                 began = time.monotonic()
-                rows[key] = one(name, family, options.work)
+                rows[key] = one(name, family, options.work, options.plan)
                 kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
                 print(f"{key}: {rows[key] or 'ok'} {time.monotonic() - began:.1f} s", flush=True)
     return int(any("error" in row for row in rows.values()))

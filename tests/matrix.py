@@ -46,7 +46,7 @@ def steps_of(name: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """refused: the plan's reasons; None when the output was loaded and generated."""
+    """refused: the plan's reasons; None when the output was loaded and generated, or, for a plan alone, accepted."""
 
     refused: str | None
 
@@ -57,29 +57,35 @@ def source(family: str, folder: Path) -> Path:
     return path if path.is_dir() else families.save_tiny(family, path)
 
 
-def attempt(steps: Sequence[Any], model: Path, folder: Path) -> Outcome:
+def attempt(steps: Sequence[Any], model: Path, folder: Path, *, planned: bool = False) -> Outcome:
     """One recipe through plan, run, reload and generate. Raises for anything but success and a refusal by the plan.
 
-    The reload check works in this process where `engine.reload_here` was called.
+    The reload check works in this process where `engine.reload_here` was called. planned: nothing but the plan.
     """
     folder.mkdir()
     calibration = engine.token_calibration(folder, IDS)
     kind = "native" if any(name.startswith("quantize.") for step in steps for name in step) else "auto"
     path = engine.write_recipe(folder, model, steps, calibration=calibration, output={"format": kind})
     recipe = load_recipe(path)
+    if planned:
+        return Outcome(_reasons(recipe))
     try:
         out = run(recipe)
     except RecipeError:
-        problems = make_plan(recipe).problems
-        if not problems:  # it came from later on
+        refused = _reasons(recipe)
+        if refused is None:  # it came from later on
             raise
-        return Outcome("; ".join(dict.fromkeys(reason(problem) for problem in problems)))
+        return Outcome(refused)
     loaded: Any = load(out)
     with torch.no_grad():
         logits = loaded(input_ids=IDS[:1], use_cache=False).logits
         made = loaded.generate(IDS[:1, :8], max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     assert bool(torch.isfinite(logits).all()) and made.shape == (1, 11)
     return Outcome(None)
+
+
+def _reasons(recipe: Any) -> str | None:
+    return "; ".join(dict.fromkeys(reason(problem) for problem in make_plan(recipe).problems)) or None
 
 
 def reason(problem: str) -> str:
@@ -91,23 +97,29 @@ def reason(problem: str) -> str:
 
 
 def kept() -> dict[str, Any]:
-    """What the last full run found: `passes`, `families`, and `refused`: pass -> family -> reason."""
+    """What was found: `passes`, `families`, `refused`: pass -> family -> reason, `planned`: pass -> families of which
+    only the plan was made, and accepted."""
     return dict(json.loads(KEPT.read_text("utf-8")))
 
 
 def table(found: Mapping[str, Any]) -> str:
     """The README's block: a line for every set of families that agree on all passes, numbered reasons under it."""
     refused: Mapping[str, Mapping[str, str]] = found["refused"]
-    columns: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    planned: Mapping[str, Sequence[str]] = found["planned"]
+    columns: dict[tuple[Any, ...], list[str]] = {}
     for name in found["passes"]:
-        columns.setdefault(tuple(sorted(refused.get(name, {}).items())), []).append(name)
+        key = (*sorted(refused.get(name, {}).items()), *sorted(planned.get(name, ())))
+        columns.setdefault(key, []).append(name)
     notes: dict[str, int] = {}
     rows: dict[tuple[str, ...], list[str]] = {}
     for family in found["families"]:
         cells = []
         for names in columns.values():
             why = refused.get(names[0], {}).get(family)
-            cells.append("yes" if why is None else f"no ({notes.setdefault(why, len(notes) + 1)})")
+            if why is not None:
+                cells.append(f"no ({notes.setdefault(why, len(notes) + 1)})")
+            else:
+                cells.append("plan" if family in planned.get(names[0], ()) else "yes")
         rows.setdefault(tuple(cells), []).append(family)
     head = ["families", *("<br>".join(f"`{name}`" for name in names) for names in columns.values())]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -115,5 +127,7 @@ def table(found: Mapping[str, Any]) -> str:
         lines.append(f"| {', '.join(names)} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {why}" for why, number in notes.items())]
     count = f"{len(found['passes'])} passes on {len(found['families'])} families"
-    summary = f"<details><summary>{count}: each runs, reloads and generates, or plan refuses it</summary>"
-    return "\n".join([BEGIN, summary, "", *lines, "", "</details>", END])
+    summary = f"<details><summary>{count}</summary>"
+    words = "yes: ran, was loaded again and generated. no: `plan` refuses it, for the reason below."
+    words += " plan: `plan` accepts it; not run for this table." if any(planned.values()) else ""
+    return "\n".join([BEGIN, summary, "", words, "", *lines, "", "</details>", END])
