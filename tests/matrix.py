@@ -30,14 +30,15 @@ BEGIN, END = "<!-- matrix: scripts/matrix.py writes this -->", "<!-- end of the 
 FAMILIES = engine.STREAMED
 IDS = engine.random_ids(4, 24)
 # What a pass is given when it has a parameter of that name: what it must be told, and sizes that suit tiny models.
-VALUES: Mapping[str, Any] = {"group_size": 16, "block": 16, "keep": 0.75, "budget": "3 bits", "steps": 4, "ratios": 4}
+VALUES: Mapping[str, Any] = {"group_size": 16, "block": 16, "keep": 0.75, "budget": "3 bits"}
+QUICK: Mapping[str, Mapping[str, Any]] = {"quantize.learned": {"steps": 4}, "smooth.awq": {"ratios": 4}}
 FOLLOWER = {"quantize.rtn": {"bits": 4, "group_size": 16}}
 
 
 def steps_of(name: str) -> list[dict[str, Any]]:
     """The recipe's passes that try `name`: it alone, and a quantizer after what only prepares for one."""
     fields = registry.pass_class(name).model_fields
-    step = {name: {key: value for key, value in VALUES.items() if key in fields}}
+    step = {name: {key: value for key, value in VALUES.items() if key in fields} | dict(QUICK.get(name, {}))}
     if name.startswith(("quantize.", "prune.", "merge.")):
         return [step]
     width = {"group_size": 16} if name.startswith("allocate.") else FOLLOWER["quantize.rtn"]
@@ -92,7 +93,7 @@ def reason(problem: str) -> str:
     """A problem of the plan without its place in the recipe and the layer."""
     text = re.sub(r"^\S*recipe\.yaml:\d+: ", "", problem)
     text = re.sub(r"^[a-z_.]+: (layer \d+: )?", "", text)
-    found, _, then = re.sub(r"layer \d+|layers\.\d+", "a layer", text).partition(". Next: ")
+    found, _, then = re.sub(r"layer \d+|(\w+\.)*layers\.\d+", "a layer", text).partition(". Next: ")
     return f"{found}; {then}" if then else found
 
 
