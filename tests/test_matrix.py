@@ -49,5 +49,5 @@ def test_the_table_is_of_this_registry_and_these_families_and_stands_in_the_read
 
 
 def test_reasons_are_told_without_places() -> None:
-    text = "/tmp/x/recipe.yaml:3: smooth.awq: layer 0: no norm in layers.3 before layer 4. Next: set shared: false"
+    text = "recipe.yaml:3: smooth.awq: layer 0: no norm in layers.3 before layer 4. Next: set shared: false"
     assert matrix.reason(text) == "no norm in a layer before a layer; set shared: false"
