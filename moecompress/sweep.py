@@ -16,13 +16,13 @@ from moecompress.measure import expert_rows, expert_use, router_comparison, stre
 from moecompress.memory import resident_bytes
 from moecompress.passes.base import Decision, Pass, Scope
 from moecompress.planned import Sweep
+from moecompress.settle import as_loaded, settle
 from moecompress.stats.base import Statistic
 from moecompress.stats.routing import RoutingCounts, TokenSample
 from moecompress.stream.collect import Collector
 from moecompress.stream.layers import experts_of, filled_layer
 from moecompress.stream.streams import run_layer
 from moecompress.types import ExpertWeights, LayerWeights
-from moecompress.writing import as_loaded, settle
 
 
 def process_layer(job: Job, sweep: Sweep, index: int, *, last: bool) -> LayerResult:

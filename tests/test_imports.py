@@ -31,6 +31,7 @@ LAYERS = (
         "portable",
         "tasknames",
         "writing",
+        "settle",
     ),
     ("estimate", "allocated", "gated", "planned", "plan", "job", "context", "sweep", "barrier", "parts"),
     ("evaluate", "evalstore", "tasks", "taskresults", "humaneval", "sandbox", "report"),

@@ -26,11 +26,12 @@ from moecompress.checkpoint.writer import write_index, write_shard
 from moecompress.errors import CheckpointError, UnsupportedModel
 from moecompress.experts import PackedExperts, PackedLinear
 from moecompress.numerics.grids import dequantize, round_to_nearest
+from moecompress.settle import settle
 from moecompress.stream.inventory import owners
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.stream.streams import final_logits, run_layer, start_run
 from moecompress.types import ExpertWeights, LayerWeights, Projection, Scheme, TokenSet, Weight
-from moecompress.writing import Written, layer_output, outer_output, settle
+from moecompress.writing import Written, layer_output, outer_output
 
 SUPPORTED = [name for name in families.FAMILIES if name not in UNSUPPORTED]
 ALL = range(families.LAYERS)

@@ -140,11 +140,11 @@ class MuteRarest(Pass):
     def decide(self, context: ModelContext) -> Decision:
         tokens = torch.stack([context.statistics[i]["routing_counts"]["tokens"] for i in sorted(context.statistics)])
         layer, expert = divmod(int(tokens.argmin()), tokens.shape[1])
-        return Decision({"layer": layer, "expert": expert}, {"tokens": tokens})
+        return Decision({"of": layer, "expert": expert}, {"tokens": tokens})
 
     def apply(self, context: LayerContext, decision: Decision) -> LayerWeights:
         LOG.append((self.name, "apply", context.weights.index))
-        if context.weights.index != decision.data["layer"]:
+        if context.weights.index != decision.data["of"]:
             return context.weights
         return muted(context.weights, decision.data["expert"])
 
@@ -283,7 +283,7 @@ def test_a_model_pass_decides_on_all_layers_and_then_applies(source: Path, tmp_p
     tokens = torch.stack([part["routing_counts"]["tokens"] for part in statistics])
     decision = decisions["00-fake.mute/model"]
     assert torch.equal(decision.tensors["tokens"], tokens) and int(tokens[0].sum()) == 14 * 12 * 2
-    layer, expert = decision.data["layer"], decision.data["expert"]
+    layer, expert = decision.data["of"], decision.data["expert"]
     assert int(tokens[layer, expert]) == int(tokens.min())
     wanted = original_layers(source)
     wanted[layer] = muted(wanted[layer], expert)
@@ -299,7 +299,7 @@ def test_a_model_pass_sees_what_the_passes_before_it_did(source: Path, tmp_path:
     decision = decisions["01-fake.mute/model"]
     assert torch.equal(decision.tensors["tokens"], tokens)
     wanted = [turned(layer) for layer in original_layers(source)]
-    wanted[decision.data["layer"]] = muted(wanted[decision.data["layer"]], decision.data["expert"])
+    wanted[decision.data["of"]] = muted(wanted[decision.data["of"]], decision.data["expert"])
     assert_layers(layers, wanted)
 
 

@@ -172,7 +172,7 @@ def test_stopped_on_request_and_resumed(number: signal.Signals, recipe: Path, wa
                 break
         text = process.stderr.read()
     assert process.returncode == 75, text
-    assert "stopped after layer" in text and "--resume" in text and "Traceback" not in text
+    assert "stopped after" in text and "--resume" in text and "Traceback" not in text
     assert not (recipe.parent / "out").exists() and (recipe.parent / "out.run" / "run.json").is_file()
     done = engine.command("run", recipe, "--resume")
     assert done.code == 0, done.err
