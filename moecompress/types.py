@@ -235,19 +235,6 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
-class NormFold:
-    """norm: name of the norm's weight inside the layer. offset: 1 for norms that multiply by 1 + weight, else 0.
-
-    readers: names of all other weights [*, H] that read the norm's output (router, shared experts, ...); the routed
-    experts read it always.
-    """
-
-    norm: str
-    offset: float
-    readers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class ModelFacts:
     """What is known about the model before any tensor is read.
 

@@ -412,7 +412,7 @@ def test_decisions_are_replayed_and_may_be_edited(source: Path, tmp_path: Path) 
     run(recipe, resume=True, progress=keep)
     muted_at = keep.decisions["01-fake.mute/model"].data
     wanted = [scaled(layer, 0.125 if layer.index == 1 else 2.0) for layer in original_layers(source)]
-    wanted[muted_at["layer"]] = muted(wanted[muted_at["layer"]], muted_at["expert"])
+    wanted[muted_at["of"]] = muted(wanted[muted_at["of"]], muted_at["expert"])
     model = open_model(tmp_path / "out")
     assert_layers([model.read_layer(index) for index in range(4)], wanted)
     assert [entry for entry in LOG if entry[1] == "decide"] == [("fake.scale", "decide", i) for i in range(4)]
@@ -422,7 +422,7 @@ def test_an_edited_model_decision_is_applied(source: Path, tmp_path: Path) -> No
     recipe = recipe_of(source, tmp_path, [MuteRarest()])
     stopped(recipe, tmp_path, 4)  # after layer 0 of the second sweep
     path = tmp_path / "out.run" / "decisions" / "00-fake.mute" / "model.json"
-    path.write_text('{"layer": 3, "expert": 6}')
+    path.write_text('{"of": 3, "expert": 6}')
     run(recipe, resume=True, progress=Keep(tmp_path))
     assert engine.same_layer(open_model(tmp_path / "out").read_layer(3), muted(original_layers(source)[3], 6))
 

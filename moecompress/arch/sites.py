@@ -8,6 +8,7 @@ looks at attributes, so it needs no transformers import.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,19 @@ _DENSE = ("mlp", "feed_forward", "ffn", "moe", "fc")
 _SHARED = ("shared",)
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 _NEVER_QUANTIZED = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class NormFold:
+    """norm: name of the norm's weight inside the layer. offset: 1 for norms that multiply by 1 + weight, else 0.
+
+    readers: names of all other weights [*, H] that read the norm's output (router, shared experts, ...); the routed
+    experts read it always.
+    """
+
+    norm: str
+    offset: float
+    readers: tuple[str, ...]
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -15,11 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from moecompress.arch.sites import NormFold
 from moecompress.stats.base import Statistic
 from moecompress.stream.model import StreamModel
 from moecompress.stream.residual import Residual, Rotate
 from moecompress.stream.router import RouterView
-from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, NormFold, Scheme, Stream
+from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, Scheme, Stream
 
 TARGETS = ("routed_experts", "attention", "shared_experts", "dense_mlp")
 Target = Literal["routed_experts", "attention", "shared_experts", "dense_mlp"]

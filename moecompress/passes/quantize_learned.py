@@ -19,6 +19,7 @@ from moecompress.numerics.packing import pack_codes, unpack_codes
 from moecompress.numerics.rounding import LearnedMatrix
 from moecompress.passes.base import Decision, LayerContext
 from moecompress.passes.quantizer import Quantizer
+from moecompress.passes.smoothing import dense
 from moecompress.stats.base import Statistic
 from moecompress.stats.routing import TokenSample
 from moecompress.types import (
@@ -29,7 +30,6 @@ from moecompress.types import (
     ModelFacts,
     QuantizedTensor,
     Scheme,
-    Weight,
 )
 
 JUDGES = 16  # one token in so many chooses among the checks and is not learned from
@@ -150,8 +150,8 @@ class _Block:
     def __init__(self, step: QuantizeLearned, context: LayerContext) -> None:
         self.step, self.context = step, context
         self.experts = tuple(_float(expert, context.layer.index) for expert in context.weights.experts)
-        self.gate_up = [_dense(expert.gate_up) for expert in self.experts]
-        self.down = [_dense(expert.down) for expert in self.experts]
+        self.gate_up = [dense(expert.gate_up) for expert in self.experts]
+        self.down = [dense(expert.down) for expert in self.experts]
         found = context.statistics["token_sample"]
         hidden = found["hidden"].float()
         self.rows = found["rows"]
@@ -275,11 +275,6 @@ class _Block:
         then = "more calibration tokens or samples, a smaller min_tokens, or fallback: shrink"
         found = f"{len(few)} experts have few sampled tokens: {listed}"
         raise CoverageError(message(self._where(), found, f"at least min_tokens = {self.step.min_tokens}", then))
-
-
-def _dense(weight: Weight) -> Tensor:
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _float(expert: ExpertWeights, layer: int) -> ExpertWeights:

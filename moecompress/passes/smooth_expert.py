@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from moecompress.arch.sites import NormFold
 from moecompress.numerics.smoothing import channel_scales, unified_scales
 from moecompress.passes.base import Decision, LayerContext, Pass
 from moecompress.passes.smoothing import (
@@ -19,7 +20,7 @@ from moecompress.passes.smoothing import (
 )
 from moecompress.stats.base import Statistic
 from moecompress.stats.moments import InputMoments
-from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, NormFold
+from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts
 
 
 class SmoothExpert(Pass):

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecompress.arch.sites import NormFold
 from moecompress.errors import message
 from moecompress.numerics.grids import dequantize
 from moecompress.passes.base import Decision
 from moecompress.stream.fold import scaled_inputs, up_rows
-from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, MoESite, NormFold, QuantizedTensor
+from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, MoESite, QuantizedTensor
 
 
 def smoothing_problems(facts: ModelFacts, *, shared: bool, experts: bool) -> list[str]:

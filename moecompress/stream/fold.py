@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moecompress.arch.sites import NormFold
 from moecompress.errors import RecipeError, UnsupportedModel, message
 from moecompress.experts import Experts
 from moecompress.stream.layers import call_layer, filled_layer
 from moecompress.stream.model import StreamModel
 from moecompress.stream.streams import TokenRun
-from moecompress.types import LayerWeights, MoESite, NormFold, Stream
+from moecompress.types import LayerWeights, MoESite, Stream
 
 _TOLERANCE = 1e-4  # of the largest output: float32 rounding through one layer, far below any real mistake
 
