@@ -36,8 +36,7 @@ class PruneOTP(Gating):
     plus a penalty on the share of experts kept, whose weight follows the difference to `target`. Nothing else is
     trained. At inference the largest output decides, per token and without noise.
 
-    The paper does not give the network's size, schedule, optimiser or penalty; they are ours and were chosen on the
-    demo checkpoint.
+    The paper does not give the network's size, schedule, optimiser or penalty: they are ours.
     """
 
     name: ClassVar[str] = "prune.otp"
