@@ -151,7 +151,8 @@ def _portable_experts(model: StreamModel, prefix: str, weights: LayerWeights, wr
 
 def _dense_experts(model: StreamModel, weights: LayerWeights, written: Written) -> None:
     source = model.expert_sources[weights.index]
-    made = dense_tensors(source, weights.experts, lambda weight: weight, model.skeleton)
+    stored = {key: model.index.tensors[key].shape for key in source.checkpoint_keys}
+    made = dense_tensors(source, weights.experts, lambda weight: weight, model.tree_of(weights), stored)
     written.entries += [_out_entry(tensor) for tensor in made]
     kept = [tensor.key for tensor in made]
     written.note(source.checkpoint_keys, "drop", [])

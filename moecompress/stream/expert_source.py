@@ -152,12 +152,17 @@ class OutTensor:
 
 
 def dense_tensors(
-    source: ExpertSource, experts: Sequence[ExpertWeights], dense: Callable[[Any], Tensor], model: Any
+    source: ExpertSource,
+    experts: Sequence[ExpertWeights],
+    dense: Callable[[Any], Tensor],
+    model: Any,
+    stored: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[OutTensor]:
     """Checkpoint tensors of one layer's experts under their original keys, in the original layout.
 
     dense: turns a weight (dense or quantized) into a tensor of the output dtype. The number of experts may differ
-    from the source's when it is stored stacked or per expert (renumbered from 0).
+    from the source's when it is stored stacked or per expert (renumbered from 0). model: the module tree with as many
+    experts. stored: shapes in the source, where a stack may lie the other way round than transformers would save it.
     """
     out: list[OutTensor] = []
     for name in PROJECTIONS:
@@ -167,7 +172,7 @@ def dense_tensors(
         elif part.kind == "stacked":
             out.append(_stacked(part, experts, name, dense, source.site.transposed))
         else:
-            out += _converted(part, experts, name, dense, source.site.transposed, model)
+            out += _converted(part, experts, name, dense, source.site.transposed, model, stored or {})
         if name in source.biases:
             values = torch.stack([_bias(expert, name) for expert in experts])
             made = disassemble(source.biases[name], {source.biases[name].targets[0]: values}, model)
@@ -241,8 +246,16 @@ def _converted(
     dense: Callable[[Any], Tensor],
     transposed: bool,
     model: Any,
+    stored: Mapping[str, tuple[int, ...]],
 ) -> list[OutTensor]:
     matrices = [dense(expert.projection(name)) for expert in experts]
     stack = torch.stack([matrix.T if transposed else matrix for matrix in matrices])
     made = disassemble(part.assembly, {part.assembly.targets[0]: stack}, model)
-    return [_whole(key, value) for key, value in made.items()]
+    return [_whole(key, _laid_as(value, stored.get(key))) for key, value in made.items()]
+
+
+def _laid_as(stack: Tensor, stored: tuple[int, ...] | None) -> Tensor:
+    """A stack [E, a, b] with its matrices the way round that `stored` [E', a, b] has them; equal sizes tell nothing."""
+    if stored is None or stack.dim() != 3 or tuple(stack.shape[1:]) != stored[:0:-1]:
+        return stack
+    return stack if tuple(stack.shape[1:]) == stored[1:] else stack.mT

@@ -64,16 +64,21 @@ class StreamModel:
 
     def module_of(self, weights: LayerWeights) -> nn.Module:
         """The empty decoder layer for these weights: its router gives as many ids as they have."""
-        other = self.resized.get(weights.choices)
-        skeleton = self.skeleton if other is None else other.skeleton
-        layer = skeleton.get_submodule(self.layers_name)[weights.index]
+        layer = self.tree_of(weights).get_submodule(self.layers_name)[weights.index]
         site = self.facts.layers[weights.index].site
-        if other is not None or site is None or weights.choices in (0, site.num_experts):  # 0: the router alone
+        if (
+            weights.choices in self.resized or site is None or weights.choices in (0, site.num_experts)
+        ):  # 0: the router alone
             return layer  # type: ignore[no-any-return]
-        key = (weights.index, weights.choices)
+        key = (weights.index, count)
         if key not in self.single:
-            self.single[key] = resized_layer(layer, site, self.facts.model_type, weights.choices)
+            self.single[key] = resized_layer(layer, site, self.facts.model_type, count)
         return self.single[key]
+
+    def tree_of(self, weights: LayerWeights) -> Any:
+        """The empty module tree whose layers have as many experts as these weights, or the source's."""
+        other = self.resized.get(weights.choices)
+        return self.skeleton if other is None else other.skeleton
 
     def facts_of(self, weights: LayerWeights) -> LayerFacts:
         """The facts of the layer these weights belong to, with the experts that they have."""

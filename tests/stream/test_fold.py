@@ -9,12 +9,13 @@ import families
 import pytest
 import torch
 
+from moecompress.arch.sites import NormFold
 from moecompress.errors import UnsupportedModel
 from moecompress.stream.fold import find_norm_fold, scaled_inputs
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.stream.streams import run_layer
 from moecompress.stream.structure import with_structure
-from moecompress.types import ExpertWeights, LayerWeights, NormFold
+from moecompress.types import ExpertWeights, LayerWeights
 
 FOUND = {
     "mixtral": NormFold("post_attention_layernorm.weight", 0.0, ("mlp.gate.weight",)),
