@@ -66,9 +66,8 @@ class StreamModel:
         """The empty decoder layer for these weights: its router gives as many ids as they have."""
         layer = self.tree_of(weights).get_submodule(self.layers_name)[weights.index]
         site = self.facts.layers[weights.index].site
-        if (
-            weights.choices in self.resized or site is None or weights.choices in (0, site.num_experts)
-        ):  # 0: the router alone
+        count = weights.choices  # 0: the router alone
+        if count in self.resized or site is None or count in (0, site.num_experts):
             return layer  # type: ignore[no-any-return]
         key = (weights.index, count)
         if key not in self.single:
