@@ -13,19 +13,15 @@ a row when so much time has passed.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
 import statistics
-import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from bench_pruning import outcome
+from bench_rows import Rows, arguments_of
 from safetensors.torch import load_file, save_file
 
 WIDTHS = {"w4": (4, -1), "w3": (3, -1), "w3g32": (3, 32), "w2g32": (2, 32)}
@@ -152,16 +148,6 @@ def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"row": row, "samples": arguments.samples, "windows": arguments.windows, **found, "aligned": aligned}
 
 
-def reload_here(arguments: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """The reload check of a run in this process: a fresh one spends longer on imports than a row takes."""
-    from moecompress import reload
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        reload.main(arguments[4:])
-    return subprocess.CompletedProcess(list(arguments), 0, out.getvalue(), "")
-
-
 def domains(row: dict[str, Any]) -> list[str]:
     return [text for text in row["kl"] if text != "all"]
 
@@ -170,18 +156,18 @@ def mean_kl(row: dict[str, Any]) -> float:
     return statistics.fmean(row["kl"][text] for text in domains(row))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Mapping[str, dict[str, Any]]) -> str:
     """Markdown: KL per domain and its mean (mean of the seeds, spread over them), perplexity, router agreement."""
     if not rows:
         return ""
-    texts = domains(rows[0])
+    texts = domains(next(iter(rows.values())))
     names = [Path(text).stem for text in texts]
     lines = ["| method | width | seeds | " + " | ".join(f"KL {name}" for name in names)]
     lines[0] += " | mean KL | perplexity | router agreement | CPU s |"
     lines.append("|---" * (len(texts) + 7) + "|")
     for width in WIDTHS:
         for method in METHODS:
-            found = [row for row in rows if row["row"].startswith(f"{method}/{width}/")]
+            found = [row for name, row in rows.items() if name.startswith(f"{method}/{width}/")]
             if found:
                 lines.append(f"| {method} | {width} | {len(found)} | {_cells(found, texts)} |")
     return "\n".join(lines) + "\n"
@@ -201,42 +187,26 @@ def _cells(found: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
 
 def main() -> None:
     """Measure the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("rows", nargs="*", metavar="ROW", default=[])
-    parser.add_argument("--model", type=Path, required=True)
+    parser = arguments_of(__doc__, DEFAULT, samples=48, windows=4)
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors with one integer tensor [N, T]: text")
     parser.add_argument("--ebss", type=Path, help="the same, sampled by the model itself")
     parser.add_argument("--ebss-paper", type=Path, help="the same, by the published search")
-    parser.add_argument("--text", action="append", required=True)
-    parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     arguments = parser.parse_intermixed_args()
     unknown = [row for row in arguments.rows if row not in DEFAULT]
     if unknown:
         parser.error(f"rows {unknown}; allowed: METHOD/WIDTH/SEED with {list(METHODS)}, {list(WIDTHS)}, seeds 0 to 2")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "rows.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    began = time.monotonic()
-    for row in arguments.rows or DEFAULT:
-        if any(known["row"] == row for known in rows):
-            continue
+    rows, began = Rows(arguments.out, table, lines=True), time.monotonic()
+    for row in rows.missing(arguments.rows):
         if time.monotonic() - began > 60 * arguments.minutes:
             print(f"{arguments.minutes:g} minutes are over before {row}")
             break
         if reason := missing(row, arguments):
             print(f"{row}: left out, {reason}")
             continue
-        with mock.patch("moecompress.finish.subprocess.run", reload_here):
-            rows.append(measured(row, arguments))
-        with kept.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        (arguments.out / "table.md").write_text(table(rows))
-        print(row, f"{mean_kl(rows[-1]):.4f}", f"{rows[-1]['cpu_seconds']:.0f} CPU s", flush=True)
-    print(table(rows), end="")
+        rows.add(row, found := measured(row, arguments))
+        print(row, f"{mean_kl(found):.4f}", f"{found['cpu_seconds']:.0f} CPU s", flush=True)
+    print(table(rows.found), end="")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from bench_rows import Rows, arguments_of
 
 WIDTHS = {"w3g32": (3, 32), "w2g32": (2, 32)}
 SETS: dict[str, dict[str, Any]] = {
@@ -78,16 +79,16 @@ def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"row": row, "kl": kl, "seconds": seconds, "calibration": report["calibration"][0]["origin"]}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Mapping[str, dict[str, Any]]) -> str:
     """Markdown: per width and set, KL on every domain, means over seeds; the calibration's own domain in brackets."""
     if not rows:
         return ""
-    texts = list(rows[0]["kl"])
+    texts = list(next(iter(rows.values()))["kl"])
     lines = ["| width | calibration | " + " | ".join(texts) + " | mean | mean of other domains | seeds |"]
     lines.append("|---|---" + "|--:" * (len(texts) + 3) + "|")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        name, width, _ = row["row"].split("/")
+    for key, row in rows.items():
+        name, width, _ = key.split("/")
         groups.setdefault((width, name), []).append(row)
     for (width, name), same in sorted(groups.items(), reverse=True):
         kl = {text: statistics.fmean(row["kl"][text] for row in same) for text in texts}
@@ -101,28 +102,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("rows", nargs="*", metavar="ROW")
-    parser.add_argument("--model", type=Path, required=True)
+    parser = arguments_of(__doc__)
     parser.add_argument("--domains", type=Path, required=True)
-    parser.add_argument("--text", action="append", required=True)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=40)
     arguments = parser.parse_intermixed_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "rows.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    for row in arguments.rows:
-        if row in {done["row"] for done in rows}:
-            continue
-        rows.append(measured(row, arguments))
-        with kept.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        (arguments.out / "table.md").write_text(table(rows))
-        print(row, {text: round(value, 4) for text, value in rows[-1]["kl"].items()}, flush=True)
-    print(table(rows), end="")
+    rows = Rows(arguments.out, table, lines=True)
+    for row in rows.missing(arguments.rows):
+        rows.add(row, found := measured(row, arguments))
+        print(row, {text: round(value, 4) for text, value in found["kl"].items()}, flush=True)
+    print(table(rows.found), end="")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from bench_rows import Rows, arguments_of
 
 METHODS = {
     "none": None,
@@ -86,32 +87,18 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("rows", nargs="*", default=["none-1", "top_k-3", "odp-0.5", "otp-0.75"])
-    parser.add_argument("--model", type=Path, required=True)
+    parser = arguments_of(__doc__, ("none-1", "top_k-3", "odp-0.5", "otp-0.75"))
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors with int32 `ids` [N, T]")
-    parser.add_argument("--text", action="append", required=True)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--options", default="{}", help="other parameters of prune.otp, as YAML")
     arguments = parser.parse_intermixed_args()
     if unknown := [row for row in arguments.rows if row.rpartition("-")[0] not in METHODS]:
         parser.error(f"rows {unknown}; allowed: METHOD-VALUE with METHOD in {', '.join(METHODS)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "rows.json"
-    rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else {}
-    for row in arguments.rows:
-        if row not in rows:
-            rows[row] = measured(row, arguments)
-            kept.write_text(json.dumps(rows, indent=1) + "\n")
-            (arguments.out / "table.md").write_text(table(rows))
-            share = sum(rows[row]["used"]) / len(rows[row]["used"])
-            print(
-                row, f"{share:.3f}", {Path(k).stem: round(v, 3) for k, v in rows[row]["perplexity"].items()}, flush=True
-            )
+    rows = Rows(arguments.out, table)
+    for row in rows.missing(arguments.rows):
+        rows.add(row, found := measured(row, arguments))
+        share = sum(found["used"]) / len(found["used"])
+        print(row, f"{share:.3f}", {Path(k).stem: round(v, 3) for k, v in found["perplexity"].items()}, flush=True)
 
 
 if __name__ == "__main__":

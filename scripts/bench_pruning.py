@@ -2,8 +2,8 @@
 
     python scripts/bench_pruning.py OUT --model DIR --tokens FILE.safetensors --text TEXT [--text TEXT ...] [ROW ...]
 
-Rows are `method-keep`, e.g. `reap-0.75` or `random.1-0.5` (seed 1). `easy_ep@code-0.5` is judged on demonstrations of
-one domain instead: prompts cut from the text given by `--prompts code=FILE`, each with the model's own reply.
+Rows are `method-keep`, e.g. `reap-0.75` or `random.1-0.5` (seed 1). `reap@code-0.5` is judged on the text given by
+`--domain code=FILE` instead, `easy_ep@code.answers-0.5` on prompts cut from it, each with the model's own reply.
 `easy_ep+gptq3-0.75` is quantized afterwards; keep 1 removes nothing. Every row is a run of its own; finished rows are
 kept in OUT/rows.json, so an interrupted table goes on where it stopped; OUT/table.md is written again after each row.
 """
@@ -14,13 +14,16 @@ import argparse
 import json
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
+from bench_rows import Rows, arguments_of, reload_here
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,6 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "uncurl.mean": {"merge.uncurl": {"router": "mean"}},
     "uncurl.map": {"merge.uncurl": {"router": "expert_map"}},
     "hc_smoe": {"merge.hc_smoe": {}},
+    "hc_smoe.aligned": {"merge.hc_smoe": {"align": True}},
+    "hc_smoe.row": {"merge.hc_smoe": {"align": True, "router": "representative"}},
     "m_smoe": {"merge.m_smoe": {}},
     "m_smoe.global": {"merge.m_smoe": {"counts": "global"}},
     **{f"dern.{share}": {"merge.dern": {"threshold": share / 10}} for share in range(1, 7)},
@@ -66,18 +71,25 @@ def work(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     ((name, options),) = METHODS[method].items()
     first = [] if float(keep) == 1 else [{name: {**options, "keep": float(keep)}}]
     sets: dict[str, Any] = {"samples": arguments.samples, "length": arguments.length, "heldout": 0}
+    domain, _, answers = domain.partition(".")
     if not domain:
         sets |= {"source": "tokens", "files": [str(arguments.tokens)]}
+    elif not answers:
+        sets |= {"source": "text", "files": [str(domain_text(domain, arguments))]}
     else:
         sets |= {"source": "answers", "files": [str(prompts(domain, arguments))], "samples": arguments.demonstrations}
         sets |= {"max_tokens": 384, "temperature": 1.0, "cache": str(arguments.out / "answers")}
     return {"calibration": sets, "passes": first + LATER[later]}
 
 
+def domain_text(domain: str, arguments: argparse.Namespace) -> Path:
+    return Path(dict(pair.split("=", 1) for pair in arguments.domain)[domain])
+
+
 def prompts(domain: str, arguments: argparse.Namespace) -> Path:
     """A file of prompts: evenly spaced pieces of the domain's text."""
     path: Path = arguments.out / f"prompts-{domain}.jsonl"
-    text = Path(dict(pair.split("=", 1) for pair in arguments.prompts)[domain]).read_text("utf-8")
+    text = domain_text(domain, arguments).read_text("utf-8")
     count = 3 * arguments.demonstrations
     starts = range(0, len(text) - PROMPT, max(1, (len(text) - PROMPT) // count))
     path.write_text("".join(json.dumps({"text": text[at : at + PROMPT]}) + "\n" for at in starts))
@@ -101,7 +113,8 @@ def outcome(
         yaml.safe_dump({**data, "output": {"dir": str(folder / "out")}}, sort_keys=False)
     )
     began, cpu = time.perf_counter(), time.process_time()
-    out = run(load_recipe(folder / "recipe.yaml"))
+    with mock.patch("moecompress.finish.subprocess.run", reload_here):
+        out = run(load_recipe(folder / "recipe.yaml"))
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     report = json.loads((out / "moecompress" / "report.json").read_text())
     found = score(out) if score else evaluate_dir(out, texts, Path(data["model"]), windows=windows)
@@ -155,7 +168,10 @@ def log_probabilities(model: Any, ids: Tensor) -> Tensor:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one line per row, KL (perplexity) per text, mean KL last; best mean first within a kept fraction."""
+    """Markdown: one line per row, KL (perplexity) per text, mean KL last; best mean first within a kept fraction.
+
+    After it, for rows judged on one domain: KL on that domain and the mean of the others.
+    """
     if not rows:
         return ""
     texts = [text for text in next(iter(rows.values()))["kl"] if text != "all"]
@@ -168,32 +184,35 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         cells = [f"{value['kl'][text]:.3f} ({value['perplexity'][text]:.2f})" for text in texts]
         size = f"{value['bytes'] / 2**20:.2f} | {value['seconds']:.0f}"
         lines.append(f"| {method} | {keep} | " + " | ".join(cells) + f" | {mean[row]:.3f} | {size} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + by_domain(rows, texts)
+
+
+def by_domain(rows: dict[str, dict[str, Any]], texts: list[str]) -> str:
+    """Markdown: one line per row judged on one domain, by domain and KL on it; nothing without such rows."""
+    found = []
+    for row, value in rows.items():
+        method, _, rest = row.partition("@")
+        domain = rest.rpartition("-")[0].partition(".")[0]
+        if domain:
+            inside = [value["kl"][text] for text in texts if Path(text).stem == domain]
+            outside = [value["kl"][text] for text in texts if Path(text).stem != domain]
+            means = statistics.fmean(inside), statistics.fmean(outside)
+            found.append((domain, *means, f"{method}@{rest}"))
+    head = "\n| judged on one domain | KL inside | KL outside |\n|---|---|---|\n" if found else ""
+    return head + "".join(f"| {row} | {inside:.3f} | {outside:.3f} |\n" for _, inside, outside, row in sorted(found))
 
 
 def main() -> None:
     """Measure the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("rows", nargs="*", default=ROWS)
-    parser.add_argument("--model", type=Path, required=True)
+    parser = arguments_of(__doc__, ROWS)
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors with int32 `ids` [N, T]")
-    parser.add_argument("--text", action="append", required=True)
-    parser.add_argument("--prompts", action="append", default=[], help="DOMAIN=TEXT, what prompts are cut from")
+    parser.add_argument("--domain", action="append", default=[], help="DOMAIN=TEXT for calibration on it alone")
     parser.add_argument("--demonstrations", type=int, default=64, help="sequences of prompts and replies per domain")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=40)
     arguments = parser.parse_intermixed_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "rows.json"
-    rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else {}
-    for row in arguments.rows:
-        if row not in rows:
-            rows[row] = measured(row, arguments)
-            kept.write_text(json.dumps(rows, indent=1) + "\n")
-            (arguments.out / "table.md").write_text(table(rows))
-            print(row, {Path(text).stem: round(value, 4) for text, value in rows[row]["kl"].items()}, flush=True)
+    rows = Rows(arguments.out, table)
+    for row in rows.missing(arguments.rows):
+        rows.add(row, found := measured(row, arguments))
+        print(row, {Path(text).stem: round(value, 4) for text, value in found["kl"].items()}, flush=True)
 
 
 if __name__ == "__main__":

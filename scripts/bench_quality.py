@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from bench_rows import Rows, arguments_of
 
 _SMOOTHQUANT = {"smooth.expert": {"alpha": 0.5, "aggregate": "layer", "router": False, "experts": False}}
 _DUQUANT = {"rotate.duquant": {"block": 64}}
@@ -142,16 +143,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure the rows that are not in rows.json yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("rows", nargs="*", metavar="ROW")
-    parser.add_argument("--model", type=Path, required=True)
+    parser = arguments_of(__doc__, threads=1)
     parser.add_argument("--tokens", type=Path)
-    parser.add_argument("--text", action="append", default=[])
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=40, help="of every text")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_intermixed_args()
     for row in arguments.rows:
         try:
@@ -159,15 +152,10 @@ def main() -> None:
         except ValueError:
             form = "METHOD[:KEY=VALUE,...]-BITS-GROUP (or -channel)"
             parser.error(f"row {row}; allowed: {form} with METHOD in {', '.join(METHODS)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "rows.json"
-    rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    for row in arguments.rows:
-        if row not in rows:
-            rows[row] = measure(row, arguments)
-            kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            (arguments.out / "table.md").write_text(table(rows), encoding="utf-8")
-    print(table(rows), end="")
+    rows = Rows(arguments.out, table)
+    for row in rows.missing(arguments.rows):
+        rows.add(row, measure(row, arguments))
+    print(table(rows.found), end="")
 
 
 if __name__ == "__main__":
