@@ -51,7 +51,8 @@ def settle(weights: LayerWeights, original: LayerWeights, output: Format) -> Lay
 def as_loaded(weights: LayerWeights, output: Format) -> LayerWeights:
     """The settled layer with the values it is run with: portable experts are rounded to their scales' dtype.
 
-    transformers expands them so while loading, whatever dtype the model is loaded in.
+    transformers expands them so while loading, whatever dtype the model is loaded in. Other matrices keep their codes:
+    it expands those in the dtype of the model, which is float32 here and in the reload check.
     """
     if output != "portable":
         return weights

@@ -27,7 +27,11 @@ from moecompress.types import MoESite, QuantizedTensor, Scheme
 
 CASES = (("mixtral", 4), ("qwen3_moe", 3), ("olmoe", 2), ("qwen2_moe", 4), ("deepseek_v2", 2), ("deepseek_v3", 3))
 CASES = (*CASES, ("phimoe", 4), ("qwen3_moe", 8))
-OTHERS = {"deepseek_v3": ["attention", "shared_experts", "dense_mlp"], "mixtral": ["attention"]}
+OTHERS = {
+    "deepseek_v3": ["attention", "shared_experts", "dense_mlp"],
+    "mixtral": ["attention"],
+    "qwen2_moe": ["attention", "shared_experts"],
+}
 IDS = random_ids(2, 12)
 
 
@@ -43,7 +47,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for family, targets in OTHERS.items():
             eight = {"quantize.rtn": {"bits": 8, "group_size": -1, "targets": targets}}
             outs[family, "both"] = _output(root, family, [{"quantize.rtn": {"bits": 4, "group_size": 16}}, eight])
-    return SimpleNamespace(outs=outs, stock=run_stock(list(outs.values()), IDS, root))
+    both = [outs[family, "both"] for family in OTHERS]
+    narrow = run_stock(both, IDS, root, "bfloat16")
+    return SimpleNamespace(outs=outs, stock=run_stock(list(outs.values()), IDS, root), narrow=narrow)
 
 
 def _output(root: Path, family: str, passes: list[Any]) -> Path:
@@ -53,7 +59,7 @@ def _output(root: Path, family: str, passes: list[Any]) -> Path:
     return run(load_recipe(write_recipe(folder, folder / "model", passes)))
 
 
-@pytest.mark.parametrize("case", [*CASES, ("deepseek_v3", "both"), ("mixtral", "both")], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *((family, "both") for family in OTHERS)], ids=str)
 def test_stock_transformers_has_our_values(made: Any, case: Any, tmp_path: Path) -> None:
     out = made.outs[case]
     config = read_json(out / "config.json")["quantization_config"]
@@ -70,6 +76,26 @@ def test_stock_transformers_has_our_values(made: Any, case: Any, tmp_path: Path)
                 assert torch.equal(stock.float(), dequantize(weight, torch.bfloat16).float())
     assert negative or case[1] == 8, "scales found by least squares are negative at times, and have to be loaded so"
     assert difference(streamed_logits(model, IDS, tmp_path), found["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stock_transformers_has_our_values_of_other_matrices(made: Any, family: str, dtype: torch.dtype) -> None:
+    """Linears are expanded in the dtype that the model is loaded in, experts always in that of their scales."""
+    out = made.outs[family, "both"]
+    found = (made.stock if dtype == torch.float32 else made.narrow)[out]
+    model, seen = open_model(out), set()
+    for layer in model.facts.layers:
+        for name, weight in model.read_layer(layer.index).tensors.items():
+            if isinstance(weight, QuantizedTensor):
+                stock = found[f"{layer.name}.{name}"]
+                assert weight.scales.dtype == torch.bfloat16 and stock.dtype == dtype
+                assert torch.equal(stock, dequantize(weight, dtype))
+                seen.add(layer.roles[name])
+        for number, expert in enumerate(model.read_experts(layer.index)):
+            stock = found[f"{layer.name}.{layer.site.experts}.down_proj"][number]  # type: ignore[union-attr]
+            assert torch.equal(stock, dequantize(expert.down, torch.bfloat16))  # type: ignore[arg-type]
+    assert {str(role) for role in seen} == set(OTHERS[family])
 
 
 def test_values_are_those_of_the_quantizer(made: Any, tmp_path: Path) -> None:
