@@ -1,13 +1,15 @@
 """What every part of MoEQuant and EAQuant is worth: one table of GPTQ with one part added, with all, and without one.
 
-    python scripts/bench_ablation.py OUT --model DIR --tokens FILE.safetensors --text TEXT [--text TEXT ...]
+    python scripts/bench_ablation.py OUT --model DIR --tokens FILE --text TEXT [--text TEXT ...]
         [--ebss FILE] [--ebss-paper FILE] [--minutes N] [ROW ...]
 
 A row is `method/width/seed`, e.g. `gptq/w3g32/0` (see METHODS, WIDTHS); default: all rows, three seeds at 3 and 2 bits.
-The seed draws `--samples` calibration sequences from `--tokens` (text), from `--ebss` (sampled by the model), or half
-of each. Each finished row is a line of OUT/rows.jsonl, so an interrupted table goes on where it stopped; rows
-whose parts are not there are named and left out. OUT/table.md is written again after each row. `--minutes` stops after
-a row when so much time has passed.
+The seed draws `--samples` calibration sequences from `--tokens` (text: a file of token ids, or plain text of which any
+window may be drawn), from `--ebss` (sampled by the model), or half of each. With text of all that is evaluated this
+tells what the parts are worth by themselves; with text of one corpus, as in the papers, also what self-sampled text is
+worth where the corpus says nothing: two OUTs, two tables. Each finished row is a line of OUT/rows.jsonl, so an
+interrupted table goes on where it stopped; rows whose parts are not there are named and left out. OUT/table.md is
+written again after each row. `--minutes` stops after a row when so much time has passed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import torch
 from bench_pruning import outcome
 from bench_rows import Rows, arguments_of
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
 
 WIDTHS = {"w4": (4, -1), "w3": (3, -1), "w3g32": (3, 32), "w2g32": (2, 32)}
 SEEDS = {"w4": (0,), "w3": (0,), "w3g32": (0, 1, 2), "w2g32": (0, 1, 2)}
@@ -64,10 +68,15 @@ METHODS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "+router": (gptq(ROUTER), "text"),
     "all": (gptq(ROTATE, ROUTER, **AGQ), "half-balanced"),
     "all-rotation": (gptq(ROUTER, **AGQ), "half-balanced"),
+    "all-text": (gptq(ROTATE, ROUTER, **AGQ), "text-balanced"),
+    "all-own": (gptq(ROTATE, ROUTER, **AGQ), "ebss-balanced"),
+    "all-own-rotation": (gptq(ROUTER, **AGQ), "ebss-balanced"),
+    "+target": (gptq(target_inputs="original"), "text"),
     "mse": (gptq(grid="mse"), "text"),
     "mse+agq": (gptq(grid="mse", **AGQ), "text"),
     "mse+router": (gptq(ROUTER, grid="mse"), "text"),
     "mse+all": (gptq(ROTATE, ROUTER, grid="mse", **AGQ), "half-balanced"),
+    "mse+all-own": (gptq(ROTATE, ROUTER, grid="mse", **AGQ), "ebss-balanced"),
     "mse+agq2+router": (gptq(ROUTER, grid="mse", **AGQ, power=2), "text"),
     "learned": (learned(), "text"),
     "learned+router": (learned(ROUTER), "text"),
@@ -81,7 +90,7 @@ METHODS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a4-smooth+duquant": (a4(SMOOTH, DUQUANT), "text"),
     "a4-eaquant": (a4(SMOOTH, DUQUANT, KL_CLIP), "text-balanced"),
 }
-#: `-balanced`: rows are chosen from so many times more, so that experts are used evenly
+#: `-balanced`: rows are chosen from so many times more (or all there are), so that experts are used evenly
 BALANCE: dict[str, Any] = {"pool": 2.5, "fill": "even", "grow": False}
 _ROUNDED = tuple(method for method in METHODS if method.startswith(("a4-", "a16-")))  # per channel, as published
 DEFAULT = tuple(
@@ -93,15 +102,20 @@ DEFAULT = tuple(
 )
 
 
-def drawn(files: Sequence[Path], seed: int, rows: int, target: Path) -> Path:
-    """`rows` sequences, as many of each file, drawn and mixed by the seed, as a file of their own."""
-    if not target.is_file():
-        generator = torch.Generator().manual_seed(seed)
-        parts = [next(iter(load_file(file).values())).long() for file in files]
-        taken = [part[torch.randperm(len(part), generator=generator)[: -(-rows // len(parts))]] for part in parts]
-        mixed = torch.cat(taken)
-        save_file({"ids": mixed[torch.randperm(len(mixed), generator=generator)].contiguous()}, target)
-    return target
+def sequences(file: Path, arguments: argparse.Namespace) -> Tensor:
+    """Token ids int64 [N, length] of a file of ids, or of a text in windows without a gap."""
+    if file.suffix != ".txt":
+        return next(iter(load_file(file).values())).long()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    ids = torch.tensor(tokenizer(file.read_text("utf-8"), add_special_tokens=False)["input_ids"])
+    return ids[: len(ids) // arguments.length * arguments.length].reshape(-1, arguments.length)
+
+
+def drawn(parts: Sequence[Tensor], seed: int, rows: int, target: Path) -> None:
+    """`rows` sequences, as many of each part, drawn and mixed by the seed, as a file of their own."""
+    generator, share = torch.Generator().manual_seed(seed), -(-rows // len(parts))
+    mixed = torch.cat([part[torch.randperm(len(part), generator=generator)[:share]] for part in parts])
+    save_file({"ids": mixed[torch.randperm(len(mixed), generator=generator)[:rows]].contiguous()}, target)
 
 
 def calibration(source: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -110,12 +124,15 @@ def calibration(source: str, seed: int, arguments: argparse.Namespace) -> dict[s
         return {}
     kind = source.removesuffix("-balanced")
     named = {"text": ["tokens"], "ebss": ["ebss"], "ebss-paper": ["ebss_paper"], "half": ["tokens", "ebss"]}
-    files = [getattr(arguments, name) for name in named[kind]]
-    pool = int(arguments.samples * BALANCE["pool"]) if source.endswith("-balanced") else arguments.samples
-    target = arguments.out / f"{kind}-{pool}-{seed}.safetensors"
-    file = drawn(files, seed, pool, target)
+    parts = [sequences(getattr(arguments, name), arguments) for name in named[kind]]
+    rows, balanced = arguments.samples, source.endswith("-balanced")
+    if balanced:
+        rows = min(int(rows * BALANCE["pool"]), len(parts) * min(len(part) for part in parts))
+    file = arguments.out / f"{kind}-{rows}-{seed}.safetensors"
+    if not file.is_file():
+        drawn(parts, seed, rows, file)
     spec = {"source": "tokens", "files": [str(file)], "samples": arguments.samples, "length": arguments.length}
-    balance = {"balance": BALANCE} if source.endswith("-balanced") else {}
+    balance = {"balance": {**BALANCE, "pool": rows / arguments.samples}} if balanced else {}
     return {"calibration": {**spec, "heldout": 0, **balance}}
 
 
@@ -129,7 +146,7 @@ def missing(row: str, arguments: argparse.Namespace) -> str | None:
         return f"no pass {absent[0]}"
     if source == "ebss-paper" and not arguments.ebss_paper:
         return "needs --ebss-paper"
-    return "needs --ebss" if source.startswith(("ebss", "half")) and not arguments.ebss else None
+    return "needs --ebss" if source.removesuffix("-balanced") in ("ebss", "half") and not arguments.ebss else None
 
 
 def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -188,7 +205,7 @@ def _cells(found: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
 def main() -> None:
     """Measure the rows that are missing."""
     parser = arguments_of(__doc__, DEFAULT, samples=48, windows=4)
-    parser.add_argument("--tokens", type=Path, required=True, help="safetensors with one integer tensor [N, T]: text")
+    parser.add_argument("--tokens", type=Path, required=True, help="safetensors with integers [N, T], or a .txt")
     parser.add_argument("--ebss", type=Path, help="the same, sampled by the model itself")
     parser.add_argument("--ebss-paper", type=Path, help="the same, by the published search")
     parser.add_argument("--minutes", type=float, default=float("inf"))

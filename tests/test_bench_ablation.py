@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from moecompress.registry import PASSES, pass_class
 
@@ -58,9 +59,25 @@ def test_draws_are_repeatable_and_halves_are_halves(script: Any, tmp_path: Path)
             )
     assert not torch.equal(files["text", 0], files["text", 1])
     assert len(files["half", 0]) == 10 and int((files["half", 0] >= 1000).sum()) == 5
-    assert len(files["half-balanced", 0]) == 26 and bool((files["ebss", 0] >= 1000).all())
+    assert len(files["half-balanced", 0]) == 25 and bool((files["ebss", 0] >= 1000).all())
     assert all(len(set(rows.tolist())) == len(rows) for rows in files.values())
     assert script.calibration("none", 0, given) == {}
+
+
+def test_a_pool_is_no_larger_than_what_there_is(script: Any, tmp_path: Path) -> None:
+    spec = script.calibration("text-balanced", 0, arguments(tmp_path, samples=32))["calibration"]
+    assert len(load_file(spec["files"][0])["ids"]) == 40 and spec["balance"]["pool"] * 32 == 40
+
+
+def test_tokens_may_be_text(script: Any, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("One sentence of some words. " * 40)
+    given = arguments(tmp_path, tokens=file, model=SCRIPTS.parent / "tests" / "checkpoints" / "bench-a", samples=4)
+    rows = load_file(script.calibration("text", 0, given)["calibration"]["files"][0])["ids"]
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    stream = tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
+    assert rows.shape == (4, 8)
+    assert all(any(row == stream[at : at + 8] for at in range(0, len(stream) - 7, 8)) for row in rows.tolist())
 
 
 def test_what_is_missing_is_named(script: Any, tmp_path: Path) -> None:
