@@ -22,12 +22,12 @@ from moecompress.checkpoint.native import LINEAR, RecordLayout, decode, decode_l
 from moecompress.checkpoint.native_gate import GateLayout
 from moecompress.checkpoint.native_turns import TurnLayout
 from moecompress.dispatch import Dispatch, received
-from moecompress.errors import CheckpointError, UnsupportedModel, message
+from moecompress.errors import CheckpointError, message
 from moecompress.numerics.activation import rounded_as
 from moecompress.numerics.grids import is_absent
 from moecompress.numerics.turn import without_turns
 from moecompress.ops import Layer, materialise, routed_slots
-from moecompress.packed import Packed
+from moecompress.packed import Packed, Unreadable, require_full_inputs
 from moecompress.types import ExpertWeights, Projection, Scheme
 
 
@@ -223,7 +223,7 @@ class PackedExperts(Packed, Experts):
         """
         for layout in self.layouts:
             for _, described in layout.matrices:
-                _require_full_inputs(described.scheme)
+                require_full_inputs(described.scheme)
         for name, projection in _projections(self).items():
             shape = getattr(stock, name).shape
             dense = torch.empty(shape, dtype=dtype, device=self.slot_map.device)
@@ -266,10 +266,17 @@ class PackedLinear(Packed):
     def weight(self) -> Tensor:
         """The weight in the model's dtype, expanded: some families read it instead of calling the module.
 
-        Raises UnsupportedModel where inputs are rounded: who multiplies by himself would not round them.
+        Where inputs are rounded it has a dtype, a shape and a device and is good for nothing else: who multiplies by
+        himself would not round them.
         """
-        _require_full_inputs(self.scheme)
+        if self.scheme.activation != "none":
+            return torch.empty(1, dtype=self.dtype).expand(self.out_features, self.in_features).as_subclass(Unreadable)
         return self.dense(self.dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight of a plain Linear instead of this. Raises UnsupportedModel where inputs are rounded."""
+        require_full_inputs(self.scheme)
+        return self.dense(dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.compiled(inputs):
@@ -281,12 +288,6 @@ class PackedLinear(Packed):
     def __repr__(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"PackedLinear({sizes}, bits={self.scheme.bits}, activation={self.scheme.activation})"
-
-
-def _require_full_inputs(scheme: Scheme) -> None:
-    if scheme.activation != "none":
-        found = f"its inputs are rounded to {scheme.activation}"
-        raise UnsupportedModel(message("dense weights of a packed matrix", found, then="run it packed"))
 
 
 def _projections(experts: Any) -> dict[str, Projection]:

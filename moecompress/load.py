@@ -186,7 +186,7 @@ class MoecompressQuantizer(HfQuantizer):
                     raise UnsupportedModel(message("dequantize", found, "equal counts", "load it packed"))
                 packed.unpack_into(empty, dtype)
             else:
-                empty.weight, empty.bias = nn.Parameter(packed.dense(dtype)), packed.bias
+                empty.weight, empty.bias = nn.Parameter(packed.unpacked(dtype)), packed.bias
             model.set_submodule(module, empty.train(model.training))
         model.__dict__.pop("_weight_conversions", None)  # it knows the native names only; the family's own apply now
         return model

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from moecompress import ops
 from moecompress.checkpoint.native import RecordLayout
+from moecompress.errors import UnsupportedModel, message
 from moecompress.ops import TORCH, Choice, Layer
+from moecompress.types import Scheme
 
 STREAMED = "torch, one layer at a time (kernels run models that are loaded whole)"
 
@@ -110,6 +112,25 @@ class Packed(nn.Module):
         if self.handle and fn(self.handle[0].new_empty(0)).device != self.handle[0].device:
             self.restore()  # to move records; a change of dtype does not concern them
         return super()._apply(fn, recurse)
+
+
+def require_full_inputs(scheme: Scheme) -> None:
+    """Raises UnsupportedModel for a matrix whose inputs are rounded: a dense weight would not do that."""
+    if scheme.activation != "none":
+        found = f"its inputs are rounded to {scheme.activation}"
+        raise UnsupportedModel(message("dense weights of a packed matrix", found, then="run it packed"))
+
+
+class Unreadable(Tensor):
+    """The weight of a matrix whose inputs are rounded, for code that asks for its attributes."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises UnsupportedModel for everything but attributes."""
+        if func.__name__ == "__get__":
+            return super().__torch_function__(func, types, args, kwargs or {})
+        found = "its inputs are rounded, and this family does not call the matrix, but multiplies by its weight"
+        raise UnsupportedModel(message("weight of a packed matrix", found, then="leave activation_bits out for it"))
 
 
 def _restore(module: Packed, *_: Any) -> None:

@@ -1,4 +1,7 @@
-"""A router whose matrix stays in a native record: the family's own module, which reads `weight` as ever."""
+"""A router whose matrix stays in a native record: the family's own module, which reads `weight` as ever.
+
+Where the record says so, what the router receives is rounded per token before the family's code sees it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from torch import Tensor, nn
 
 from moecompress.checkpoint.native import LINEAR, RecordLayout, decode_linear
 from moecompress.errors import CheckpointError, message
+from moecompress.numerics.activation import rounded_as
 from moecompress.ops import materialise
+from moecompress.packed import require_full_inputs
 
 
 class _Packed:
@@ -43,6 +48,12 @@ def pack_router(router: nn.Module, layout: RecordLayout, where: str) -> None:
     packed.layout, packed.dtype = layout, weight.dtype
     for name, size in (("rec0", (1, layout.row_bytes)), ("guard", (1,))):
         packed.register_parameter(name, nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False))
+    if layout.matrix(LINEAR).scheme.activation != "none":
+        packed.register_forward_pre_hook(_round_inputs)
+
+
+def _round_inputs(router: Any, inputs: Any) -> Any:
+    return (rounded_as(router.layout.matrix(LINEAR).scheme, inputs[0]), *inputs[1:])
 
 
 def is_packed_router(module: nn.Module) -> bool:
@@ -50,7 +61,11 @@ def is_packed_router(module: nn.Module) -> bool:
 
 
 def unpack_router(router: Any, dtype: torch.dtype) -> None:
-    """Give a packed router its family's class and a dense `weight` again."""
+    """Give a packed router its family's class and a dense `weight` again.
+
+    Raises UnsupportedModel where its inputs are rounded, which the family's class does not do.
+    """
+    require_full_inputs(router.layout.matrix(LINEAR).scheme)
     weight = router.dense(dtype)
     router.__class__ = type(router).__mro__[2]
     for name in ("rec0", "guard"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from moecompress.arch.sites import router_matrix
 from moecompress.errors import CalibrationError, UnsupportedModel, message
+from moecompress.numerics.activation import rounded_as
 from moecompress.numerics.grids import dequantize
 from moecompress.numerics.router_clip import best_clip, kept_share
 from moecompress.numerics.routing import ridge
@@ -24,6 +26,7 @@ from moecompress.types import LayerFacts, LayerWeights, ModelFacts, QuantizedTen
 
 _SUMS = 2**28  # bytes of per-expert sums held at once; more experts mean more runs up to the router
 _CODES = Scheme(8, -1, False, "int")  # EAQuant's router: one asymmetric range per row
+_W8A8 = replace(_CODES, activation="int8")
 _END_TO_END = ("lm_ce", "kl_logits")
 
 #: options that only some methods have
@@ -31,6 +34,7 @@ _OPTIONS = {
     "strength": ("ridge", "topk_mse"),
     "top": ("topk_mse",),
     "router_bits": ("kl_clip",),
+    "activation_bits": ("kl_clip",),
     "alpha": ("kl_clip",),
     "tokens": ("kl_clip",),
     **dict.fromkeys(("steps", "lr", "batch", "seed"), _END_TO_END),
@@ -43,7 +47,8 @@ class AlignRouter(Pass):
 
     One layer at a time: `ridge` is least squares to the original router's outputs, drawn to the present router, in
     closed form. `topk_mse` the same over each token's leading experts alone (EAC-MoE, 2508.01625), solved exactly
-    instead of by descent. `kl_clip` stores the router in 8-bit codes with EAQuant's clipping (2506.13329). Outputs are
+    instead of by descent. `kl_clip` stores the router in 8-bit codes with EAQuant's clipping (2506.13329), by wish with
+    its inputs rounded as well while the model runs (EAQuant's W8A8), and searched with rounded inputs. Outputs are
     matched before any scoring, so softmax, sigmoid and softplus routers, groups, normalisation and correction biases
     stay what they are. A layer keeps its router (kl_clip: clips nothing) unless the new one, as it will be stored, has
     the smaller KL to the original one on tokens that were not learned from.
@@ -69,6 +74,9 @@ class AlignRouter(Pass):
     )
     top: float = Field(2.0, ge=1, description="experts per token that count, in multiples of the chosen (topk_mse)")
     router_bits: Literal[8] | None = Field(None, description="8: store the router in 8-bit codes (kl_clip alone)")
+    activation_bits: Literal[8] | None = Field(
+        None, description="8: round what the router receives, too, per token while the model runs (kl_clip alone)"
+    )
     alpha: float = Field(
         0.0, ge=0, le=1, description="share of the experts not chosen that the KL looks at, too (kl_clip)"
     )
@@ -120,7 +128,11 @@ class AlignRouter(Pass):
 
     def schemes(self, layer: LayerFacts) -> Mapping[str, Scheme]:
         found = router_matrix(layer)
-        return {found[0]: _CODES} if found is not None and self.method == "kl_clip" else {}
+        return {found[0]: self._codes} if found is not None and self.method == "kl_clip" else {}
+
+    @property
+    def _codes(self) -> Scheme:
+        return _CODES if self.activation_bits is None else _W8A8
 
     def statistics_bytes(self, layer: LayerFacts) -> int:
         found = router_matrix(layer)
@@ -162,7 +174,7 @@ class AlignRouter(Pass):
         names = (name for name in found if name is not None)
         if self.method == "kl_clip":
             codes, scales, zeros = (decision.tensors[f"{found[0]}.{part}"] for part in ("codes", "scales", "zeros"))
-            return context.weights.with_tensors({found[0]: QuantizedTensor(codes, scales, zeros, _CODES)})
+            return context.weights.with_tensors({found[0]: QuantizedTensor(codes, scales, zeros, self._codes)})
         prefix = f"{context.layer.index}." if self.method in _END_TO_END else ""
         return context.weights.with_tensors({name: decision.tensors[prefix + name] for name in names})
 
@@ -208,8 +220,8 @@ class AlignRouter(Pass):
         bare = view.columns - (view.bias is not None)
         bias = None if view.bias is None else view.matrix[:, -1]
         matrix, count = view.matrix[:, :bare], kept_share(site.num_experts, site.top_k, self.alpha)
-        inputs, wanted = sample["inputs"][:, :bare], sample["wanted"]
-        clipped = best_clip(matrix, bias, inputs, wanted, count, _CODES, context.scale_dtype)
+        inputs, wanted = rounded_as(self._codes, sample["inputs"][:, :bare]), sample["wanted"]
+        clipped = best_clip(matrix, bias, inputs, wanted, count, self._codes, context.scale_dtype)
         narrow, plain = (view.score({view.weight: codes}) for codes in (clipped.codes, clipped.plain))
         accepted = narrow.kl < plain.kl * (1 - self.min_gain)
         codes, after = (clipped.codes, narrow) if accepted else (clipped.plain, plain)

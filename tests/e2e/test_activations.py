@@ -133,8 +133,15 @@ def test_saved_again_it_stays_rounded(tmp_path: Path, monkeypatch: pytest.Monkey
     model = load(out)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+    linear = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert linear.weight.shape == (linear.out_features, linear.in_features) and linear.weight.dtype == torch.float32
+    with pytest.raises(UnsupportedModel, match="inputs are rounded.*leave activation_bits out"):
+        torch.nn.functional.linear(torch.ones(1, linear.in_features), linear.weight)
     with pytest.raises(UnsupportedModel, match="rounded to int4.*run it packed"):
         load(out, dequantize=True)
+    alone = compressed(tmp_path / "alone", source, [rtn(4, 4, targets="attention", group_size=-1)])
+    with pytest.raises(UnsupportedModel, match="rounded to int4.*run it packed"):
+        load(alone, dequantize=True)
 
 
 @pytest.mark.parametrize(

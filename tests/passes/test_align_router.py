@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moecompress.arch.sites import router_matrix
+from moecompress.errors import UnsupportedModel
 from moecompress.load import load
+from moecompress.numerics.activation import rounded_activations
 from moecompress.numerics.grids import dequantize
 from moecompress.passes.align_router import AlignRouter
 from moecompress.passes.prune_frequency import PruneFrequency
@@ -273,6 +275,46 @@ def test_a_router_in_codes_is_stored_and_loaded(
     assert all(one["method"] == "kl_clip" and 0 < one["change"] < 0.02 for one in said)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "hunyuan_v1_moe"])
+def test_a_router_with_rounded_inputs_is_run_so(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EAQuant's W8A8 router: stream and loaded model round what its matrix reads, and nobody drops that."""
+    engine.reload_here(monkeypatch)
+    path = families.save_tiny(model_type, tmp_path / "model")
+    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
+    calibration = {"source": "tokens", "files": [str(tmp_path / "ids.safetensors")], "samples": 24, "length": 32}
+    step = {"align.router": {"method": "kl_clip", "router_bits": 8, "activation_bits": 8}}
+    recipe = engine.write_recipe(tmp_path, path, [step], calibration=calibration)
+    refused = engine.command("plan", recipe, "--set", "output.format=dense")
+    assert refused.code == 2 and "dense" in refused.out + refused.err
+    done = engine.command("run", recipe)
+    assert done.code == 0, done.err
+    out, layer = tmp_path / "out", open_model(path).facts.moe_layers[-1]
+    name, bias_name = router_matrix(layer) or ("", None)
+    tensors = open_model(out).read_layer(layer.index).tensors
+    stored = tensors[name]
+    assert isinstance(stored, QuantizedTensor) and stored.scheme.activation == "int8"
+    model = load(out, dtype=torch.float32)
+    module = model.get_submodule(f"{layer.name}.{name.removesuffix('.weight')}")
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)) * torch.logspace(0, 2, 64)
+    bias = None if bias_name is None else tensors[bias_name].float()  # type: ignore[union-attr]
+    with torch.no_grad():
+        made = module(x)
+        made = made[0] if isinstance(made, tuple) else made
+        rounded, plain = (
+            torch.nn.functional.linear(v, dequantize(stored), bias) for v in (rounded_activations(x, 8), x)
+        )
+        ids = IDS[:2, :16]
+        packed = model(input_ids=ids, use_cache=False).logits
+    assert engine.difference(made, rounded) < 1e-6 < 1e-4 < engine.difference(made, plain)
+    assert engine.difference(packed, engine.streamed_logits(open_model(out), ids, tmp_path / "stream")) < 1e-4
+    with pytest.raises(UnsupportedModel, match="inputs are rounded to int8"):
+        load(out, dequantize=True)
+    lossy = engine.command("export", out, "--format", "portable", "--allow-lossy", "--out", tmp_path / "portable")
+    assert lossy.code == 2
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Reports of `half of the experts gone, then this end-to-end tuning`."""
@@ -313,6 +355,7 @@ def test_combinations_that_cannot_be_are_refused(tmp_path: Path) -> None:
     for options, reason in (
         ({"method": "kl_clip"}, "add router_bits: 8"),
         ({"router_bits": 8}, "router_bits: method ridge"),
+        ({"activation_bits": 8}, "activation_bits: method ridge"),
         ({"method": "ridge", "lr": 0.1}, "lr: method ridge"),
         ({"method": "lm_ce", "teacher_tokens": 3}, "belongs to kl_logits"),
     ):
