@@ -20,6 +20,7 @@ from moecompress.report.tables import (
     environment_table,
     layer_table,
     loadable_table,
+    notes_table,
     pass_table,
     quality_table,
     recipe_text,
@@ -233,9 +234,11 @@ def _known(lines: Sequence[Line]) -> bool:
 
 def _tables(report: Report) -> list[tuple[str, Table]]:
     budgets = [] if report.allocation is None else [("Budgets", budget_table(report.allocation))]
+    notes = notes_table(report.layers)
     return [
         ("Passes", pass_table(report)),
         *budgets,
+        *([("Notes on layers", notes)] if notes.rows else []),
         ("What loads it", loadable_table(report)),
         ("Calibration", calibration_table(report)),
         ("Versions, seeds, machine", environment_table(report)),

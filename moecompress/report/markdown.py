@@ -13,6 +13,7 @@ from moecompress.report.tables import (
     environment_table,
     layer_table,
     loadable_table,
+    notes_table,
     pass_table,
     quality_table,
     recipe_text,
@@ -31,11 +32,13 @@ def render_markdown(report: Report, evaluation: Evaluation | None) -> str:
     parts.append("## Quality\n\n" + (markdown_table(quality) if quality else f"{NOT_MEASURED}: there is no eval.json"))
     parts.append("## Size by component\n\n" + markdown_table(component_table(report)))
     parts.append("## Experts\n\n" + markdown_table(action_table(report)))
+    notes = notes_table(report.layers)
     for title, table in (
         ("Passes", pass_table(report)),
         *([] if report.allocation is None else [("Budgets", budget_table(report.allocation))]),
         ("What loads it", loadable_table(report)),
         ("Layers", layer_table(report.layers)),
+        *([("Notes on layers", notes)] if notes.rows else []),
         ("Calibration", calibration_table(report)),
         ("Versions, seeds, machine", environment_table(report)),
     ):

@@ -116,6 +116,16 @@ def layer_table(layers: Sequence[LayerInfo]) -> Table:
     return Table((*head, "router KL", "load CV", "coverage problems", "experts per token", "bytes per token"), rows)
 
 
+def notes_table(layers: Sequence[LayerInfo]) -> Table:
+    """Experts kept whatever their score, and what passes say of their work; a row per layer that has either."""
+    rows = []
+    for layer in layers:
+        safe = ", ".join(f"{e.id} ({e.protected})" for e in layer.experts if e.protected)
+        if safe or layer.notes:
+            rows.append((str(layer.layer), safe, _parameters({name: _short(v) for name, v in layer.notes.items()})))
+    return Table(("layer", "protected experts", "notes"), tuple(rows), names=3)
+
+
 def token_bytes(layers: Sequence[LayerInfo]) -> tuple[int | None, int | None]:
     """Bytes of routed experts that decoding one token reads, in the source and in the output; None = not measured."""
     found = [layer.use for layer in layers if layer.use is not None]
@@ -159,6 +169,10 @@ def recipe_text(recipe: Mapping[str, JsonValue]) -> str:
     import yaml
 
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _short(value: JsonValue) -> JsonValue:
+    return number(value) if isinstance(value, float) else value
 
 
 def _start(digest: str | None) -> str:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecompress.report.card import model_card
+from moecompress.report.html import render_html
 from moecompress.report.markdown import fenced, inline, markdown_table, render_markdown
 from moecompress.report.schema import Evaluation, ModelInfo, Report
 from moecompress.report.tables import Table
@@ -93,6 +94,18 @@ def test_markdown_has_every_section(make_report: Make, make_evaluation: Callable
         assert f"\n## {title}\n" in text
     assert text.index("**warning**") < text.index("size before") < text.index("## Quality")
     assert "arXiv:2210.17323" in text and "| perplexity | heldout.txt | 8.432 ± 0.051 |" in text
+
+
+def test_protected_experts_and_notes_of_passes_are_listed(make_data: Callable[[int, int], dict[str, Any]]) -> None:
+    data = make_data(3, 4)
+    assert "Notes on layers" not in render_markdown(Report.model_validate(data), None)
+    data["layers"][1]["experts"][2]["protected"] = "super expert"
+    data["layers"][2]["notes"] = {"transferred_fraction": 0.123456, "plain_pruning": False}
+    report = Report.model_validate(data)
+    for page in (render_markdown(report, None), re.sub("<[^>]+>", "|", render_html(report, None))):
+        at = page.index("Notes on layers")
+        assert at < page.index("2 (super expert)") < page.index("transferred_fraction: 0.1235, plain_pruning: false")
+    assert "| 1 | 2 (super expert) |  |" in render_markdown(report, None)
 
 
 def test_quality_says_how_it_was_measured(make_report: Make) -> None:
