@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moecompress.arch.quirks import NO_RESIDUAL
 from moecompress.experts import Experts
 from moecompress.numerics.neurons import expert_of, linear_in_up, neurons_of
 from moecompress.passes.base import Decision
 from moecompress.passes.merge_dern import MergeDERN
 from moecompress.passes.merge_uncurl import MergeUncurl
-from moecompress.stats.experts import ExpertActivity
+from moecompress.stats.experts import ExpertActivity, TokenContributions
 from moecompress.stats.similarity import CoActivation, MeanOutputs, RouterGram
 from moecompress.stream.collect import Collector
 from moecompress.stream.layers import experts_of, filled_layer
@@ -28,6 +29,7 @@ from moecompress.types import ExpertWeights, LayerFacts, LayerWeights
 
 IDS = engine.random_ids(3, 16)
 STATISTICS = (ExpertActivity(), CoActivation(), RouterGram(), MeanOutputs())
+SCORES = (("expert_activity", "powers"), ("expert_activity", "max_output"), ("mean_outputs", "mean"))
 KEPT = [0, 2, 3, 4, 5, 6, 7]
 
 
@@ -56,13 +58,14 @@ def test_the_order_of_experts_does_not_matter(model_type: str, tmp_path: Path) -
         for stream in ("original", "compressed"):
             run_layer(model, model.read_layer(index), run, stream)
     order = [3, 1, 0, 2, 6, 7, 5, 4]  # two groups of four, where there are groups
-    pair = [Collector(facts.site, STATISTICS) for _ in range(2)]
+    judged = [] if model_type in NO_RESIDUAL else [TokenContributions()]
+    pair = [Collector(facts.site, (*STATISTICS, *judged)) for _ in range(2)]
     run_layer(model, weights, run, "original", collector=pair[0])
     run_layer(model, reordered(facts, weights, order), run, "compressed", collector=pair[1])
     outputs = [run.store(stream, facts.index + 1).read(0, 3) for stream in ("original", "compressed")]
     assert engine.difference(outputs[1], outputs[0]) < 1e-5
     first, second = (collector.finished() for collector in pair)
-    for name, key in (("expert_activity", "powers"), ("mean_outputs", "mean"), ("expert_activity", "max_output")):
+    for name, key in (*SCORES, *[("token_contributions", "score")] * len(judged)):
         torch.testing.assert_close(second[name][key], first[name][key][order], rtol=1e-4, atol=1e-5)
     for name, key in (("router_gram", "gram"), ("co_activation", "pairs")):
         torch.testing.assert_close(second[name][key], first[name][key][order][:, order], rtol=1e-4, atol=1e-4)
@@ -114,6 +117,31 @@ def test_copies_merge_without_loss(model_type: str, tmp_path: Path) -> None:
         found = experts.run_expert(made.experts[0], inputs)[1]
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
         assert made.experts[1] is weights.experts[2]  # nothing moved there
+
+
+@pytest.mark.parametrize("model_type", engine.STREAMED)
+def test_the_order_of_neurons_does_not_matter_to_a_merge(model_type: str, tmp_path: Path) -> None:
+    """Two experts with little in common become one expert, in whatever order the second one's neurons come."""
+    model, facts, weights = last_layer(model_type, tmp_path)
+    site = facts.site
+    assert site is not None
+    inputs = torch.randn(30, site.hidden, generator=torch.Generator().manual_seed(0))
+    clusters = {"2": [2, 3], **{str(i): [i] for i in range(8) if i not in (2, 3)}}
+    data = {"kept": [0, 1, 2, 4, 5, 6, 7], "clusters": clusters, "weights": [1.0, 1.0, 0.6, 0.4, *[1.0] * 4]}
+    order = torch.randperm(site.width, generator=torch.Generator().manual_seed(5))
+    neurons = neurons_of(weights.experts[3], site.gated, site.concatenated).take(order)
+    other = expert_of(neurons, weights.experts[3], site.gated, site.concatenated)
+    outputs = []
+    with filled_layer(model, weights) as layer, torch.no_grad():
+        experts = experts_of(layer, site.experts)
+        for third in (weights.experts[3], other):
+            given = weights.with_experts((*weights.experts[:3], third, *weights.experts[4:]))
+            context: Any = SimpleNamespace(layer=facts, weights=given, activate=experts.activate)
+            made = MergeUncurl().apply(context, Decision(data)).experts[2]
+            outputs.append(experts.run_expert(made, inputs)[1])
+        head = experts.run_expert(weights.experts[2], inputs)[1]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
+    assert engine.difference(outputs[0], head) > 0.05  # they did merge
 
 
 def replace_weights(context: Any, weights: LayerWeights) -> Any:
