@@ -10,19 +10,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 CACHE = "MOECOMPRESS_KERNEL_CACHE"  # environment: a directory instead of the user's cache
-_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -w".split()
+_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -w".split()
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vector-width=512".split()
 _X86 = {
     "isa_avx2": "-mavx2 -mfma".split(),
     "isa_avx512": _AVX512,
+    "isa_avx512_vnni": [*_AVX512, "-mavx512vnni"],
     "isa_avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    "isa_amx": [*_AVX512, *"-mavx512vnni -mamx-tile -mamx-int8".split()],
 }
 _PLAIN = ("isa_scalar", "layout", "pool", "driver", "api")
 
@@ -46,7 +48,8 @@ def find_compiler() -> list[str]:
 
 def sources_hash() -> str:
     """16 hex digits of everything that decides what the library does."""
-    digest = hashlib.sha256(" ".join((*_FLAGS, *_AVX512, platform.machine())).encode())
+    flags = [word for own in _X86.values() for word in own]
+    digest = hashlib.sha256(" ".join((*_FLAGS, *flags, platform.machine())).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".cpp", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -63,16 +66,36 @@ def compile_cpu(target: Path, extra: tuple[str, ...] = ()) -> None:
 
         def compile_one(name: str) -> None:
             own = _X86.get(name, []) if x86 else []
+            own = own if _knows(compiler, own) else []  # the file is then empty but for saying so
             call([*compiler, *flags, *own, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(objects[name])])
 
-        with ThreadPoolExecutor(max(1, min(len(objects), len(os.sched_getaffinity(0))))) as pool:
-            list(pool.map(compile_one, objects))
+        link = [*compiler, "-shared", *extra, *map(str, objects.values()), "-pthread"]
+        compile_and_link(objects, compile_one, link, target)
+
+
+def compile_and_link(units: Iterable[str], compile_one: Callable[[str], None], link: list[str], target: Path) -> None:
+    """All units in parallel, then the library by `link -o`, put at `target` whole or not at all. Raises BuildError."""
+    names = list(units)
+    with ThreadPoolExecutor(max(1, min(len(names), len(os.sched_getaffinity(0))))) as pool:
+        list(pool.map(compile_one, names))
+    with tempfile.TemporaryDirectory(prefix="moecompress-build-") as folder:
         built = Path(folder) / "library.so"
-        call([*compiler, "-shared", *extra, "-o", str(built), *map(str, objects.values()), "-pthread"])
+        call([*link, "-o", str(built)])
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copyfile(built, partial)
         partial.replace(target)
+
+
+def _knows(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler takes these flags; older ones lack instruction sets."""
+    if not flags:
+        return True
+    try:
+        call([*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull])
+    except BuildError:
+        return False
+    return True
 
 
 def cache_directory() -> Path:

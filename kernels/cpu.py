@@ -17,6 +17,7 @@ from moecompress_kernels.cpu_table import kind_of, make_table, padded_bias
 from moecompress_kernels.layer import Layer
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MOST_SUMMED = 65536  # columns: 255 * 128 times as much is below 2^31
 _ERRORS = {1: "an expert id is not in 0..{experts}", 2: "out of memory", 3: "an argument the library does not take"}
 
 
@@ -28,7 +29,9 @@ def describe() -> str:
     library, reason, how = _loaded()
     if library is None:
         return str(reason)
-    return f"{isas()[-1][1]}, {library.mc_threads(1 << 20)} threads at most, {how}"
+    number, name = isas()[-1]
+    integers = library.mc_int8(number).decode()
+    return f"{name}, int8 inputs by {integers}, {library.mc_threads(1 << 20)} threads at most, {how}"
 
 
 def isas() -> list[tuple[int, str]]:
@@ -53,6 +56,9 @@ def unfit(layer: Layer, device: torch.device) -> str | None:
         return f"experts read {first[0][1]} values and write {first[1][0]}"
     if layer.activation is not None and first[0][0] != first[1][1] * (2 if layer.activation.gated else 1):
         return f"gate_up gives {first[0][0]} values and down reads {first[1][1]}"
+    matrices = [m for record in layer.records for m in record.matrices if m.rounding and m.values != "raw"]
+    if any(m.group > _MOST_SUMMED for m in matrices):
+        return f"rounded inputs are summed in 32 bits, groups have more than {_MOST_SUMMED} columns"
     return None
 
 
@@ -190,6 +196,7 @@ def _open(path: Path) -> Any:
     arguments = {
         "mc_sources": [],
         "mc_isa": [ctypes.c_int, ctypes.POINTER(ctypes.c_int)],
+        "mc_int8": [ctypes.c_int],
         "mc_threads": [ctypes.c_int],
         "mc_use_openmp": [pointer],
         "mc_read": [pointer, wide, ctypes.c_int],
@@ -217,6 +224,6 @@ def _open(path: Path) -> Any:
     except (OSError, AttributeError):
         return None
     library.mc_use_openmp(_gomp_parallel())
-    library.mc_sources.restype = library.mc_isa.restype = ctypes.c_char_p
+    library.mc_sources.restype = library.mc_isa.restype = library.mc_int8.restype = ctypes.c_char_p
     library.mc_read.restype = ctypes.c_uint64
     return library

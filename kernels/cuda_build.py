@@ -14,10 +14,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moecompress_kernels.build import SOURCES, BuildError, cached_library, call
+from moecompress_kernels.build import SOURCES, BuildError, cached_library, call, compile_and_link
 
 UNITS = ("cuda_repack", "cuda_sort", "cuda_decode", "cuda_prefill")
 ARCHITECTURES = ("80", "86", "89", "90a")
@@ -75,14 +74,7 @@ def compile_cuda(target: Path, architectures: Sequence[str]) -> None:
         def compile_one(name: str) -> None:
             call([*nvcc, *FLAGS, *targets(architectures), "-c", str(SOURCES / f"{name}.cu"), "-o", objects[name]])
 
-        with ThreadPoolExecutor(max(1, min(len(UNITS), len(os.sched_getaffinity(0))))) as pool:
-            list(pool.map(compile_one, objects))
-        built = Path(folder) / "library.so"
-        call([*nvcc, "-shared", "-cudart", "static", "-o", str(built), *objects.values()])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copyfile(built, partial)
-        partial.replace(target)
+        compile_and_link(objects, compile_one, [*nvcc, "-shared", "-cudart", "static", *objects.values()], target)
 
 
 def cached_cuda(architecture: str) -> tuple[Path, str]:

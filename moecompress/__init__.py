@@ -39,11 +39,11 @@ def plan(recipe: Recipe | Path | str, memory: int | None = None) -> Plan:
     return make_plan(_recipe(recipe), memory)
 
 
-def load(directory: Path | str, *, dequantize: bool = False, **options: Any) -> Any:
-    """The model in `directory`, native weights packed unless `dequantize`. Errors: `moecompress.load.load`."""
+def load(directory: Path | str, *, dequantize: bool = False, activation_bits: int | None = None, **options: Any) -> Any:
+    """The model in `directory`, native weights packed unless `dequantize`. Options, errors: `moecompress.load.load`."""
     from moecompress.load import load
 
-    return load(directory, dequantize=dequantize, **options)
+    return load(directory, dequantize=dequantize, activation_bits=activation_bits, **options)
 
 
 def _recipe(recipe: Recipe | Path | str) -> Recipe:

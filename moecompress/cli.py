@@ -102,6 +102,10 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Instead of the tasks' own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of tasks and HumanEval.")] = 8,
     device: Annotated[str, typer.Option(help="Where tasks and HumanEval run the model: cpu, cuda, ...")] = "cpu",
+    activation_bits: Annotated[
+        int | None,
+        typer.Option(help="8: round inputs of packed matrices to int8 per token, faster and less exact; not saved."),
+    ] = None,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run the code that the model writes, with limits.")
     ] = False,
@@ -116,13 +120,15 @@ def evaluate(
 
     texts, names = tuple(perplexity or ()), split_names(tasks or ())
     source = None if reference is None else locate_model(reference)
-    shared: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "device": device}
+    rounding: dict[str, Any] = {"activation_bits": activation_bits, "save": activation_bits is None}
+    shared: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "device": device, **rounding}
     result: dict[str, Any] = {}
     with open_progress(sys.stderr) as progress:
         if texts or not (names or humaneval):
             from moecompress.evaluate import evaluate_dir
 
-            result = evaluate_dir(directory, texts, source, windows=windows, length=length, progress=progress)
+            sizes: dict[str, Any] = {"windows": windows, "length": length}
+            result = evaluate_dir(directory, texts, source, progress=progress, **sizes, **rounding)
         if names:
             from moecompress.tasks import evaluate_tasks
 
@@ -134,6 +140,8 @@ def evaluate(
             shared |= {"allow_code_execution": allow_code_execution, "samples_per_task": samples_per_task}
             shared |= {"temperature": temperature, "progress": progress}
             result = _merged(result, evaluate_humaneval(directory, humaneval, source, **shared))
+    if activation_bits is not None:
+        result["activation_bits"] = activation_bits
     typer.echo(_json(result) if as_json else _evaluation(result))
 
 
@@ -267,7 +275,9 @@ def _evaluation(result: dict[str, Any]) -> str:
     from moecompress.report.text import difference, number, percent, with_error
 
     texts, agreement = result.get("perplexity") or {}, result.get("top1_agreement") or {}
-    rows = [f"perplexity  {name}: {with_error(v['value'], v['stderr'])}" for name, v in texts.items()]
+    bits = result.get("activation_bits")
+    rows = [f"inputs      rounded to int{bits} on request; nothing is saved"] if bits else []
+    rows += [f"perplexity  {name}: {with_error(v['value'], v['stderr'])}" for name, v in texts.items()]
     rows += [f"kl          {name}: {number(value)} nats per token" for name, value in (result.get("kl") or {}).items()]
     rows += [f"agreement   {name}: {percent(v)} of the most likely tokens" for name, v in agreement.items()]
     paired = result.get("tasks_paired") or {}

@@ -61,6 +61,7 @@ def evaluate_dir(
     length: int = 512,
     windows: int = 40,
     characters: int = CHARACTERS,
+    activation_bits: int | None = None,
     progress: Progress | None = None,
     save: bool = True,
 ) -> dict[str, Any]:
@@ -68,13 +69,14 @@ def evaluate_dir(
 
     texts: files or `python-stdlib:heldout`. Per text: the first `characters` characters without separator lines,
     tokenised; of the floor(tokens / length) windows `windows` are taken at even stride. reference: the original model,
-    for KL(reference || this) and agreement. save: write eval.json and the per-window results into `path/moecompress`.
+    for KL(reference || this) and agreement. activation_bits: of `open_model`.
+    save: write eval.json and the per-window results into `path/moecompress`.
     """
     if not texts:
         raise CalibrationError(message("evaluation", "no text given", "a text file or python-stdlib:heldout"))
     shown = progress or NoProgress()
     return_freed_memory()
-    model = open_model(path)
+    model = open_model(path, activation_bits=activation_bits)
     base = open_model(reference) if reference is not None else None
     if base is not None and base.facts.vocab_size != model.facts.vocab_size:
         raise CheckpointError(
@@ -87,6 +89,8 @@ def evaluate_dir(
         agreement = _through_layers(model, runs, base, bases, shown)
         found = [window for name in runs for window in _score(model, runs[name], base, bases[name] if bases else None)]
     result = summary(found, agreement, reference)
+    if activation_bits is not None:
+        result["backend"] += f"; inputs of packed matrices rounded to int{activation_bits} on request"
     if save:
         _save(path, result, found)
     return result

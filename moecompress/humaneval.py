@@ -71,13 +71,15 @@ def evaluate_humaneval(
     batch_size: int = 8,
     seed: int = 0,
     device: str = "cpu",
+    activation_bits: int | None = None,
     progress: Progress | None = None,
     save: bool = True,
 ) -> dict[str, Any]:
     """pass@1, and pass@10 and @100 where `samples_per_task` is as large, of a checkpoint directory.
 
-    One sample per task is greedy; several are drawn at temperature 0.8 unless another is given. Returns what
-    eval.json gets: the task is named after the file. Raises RecipeError when code execution is not allowed.
+    One sample per task is greedy; several are drawn at temperature 0.8 unless another is given. activation_bits: of
+    `load`, for the checkpoint. Returns what eval.json gets: the task is named after the file.
+    Raises RecipeError when code execution is not allowed.
     """
     if not allow_code_execution:
         text = "runs code that the model writes, on this machine"
@@ -88,7 +90,7 @@ def evaluate_humaneval(
     problems, box = read_problems(file)[:limit], open_sandbox()
     sampling = Sampling(samples_per_task, warmth, batch_size=batch_size, seed=seed)
     shown = progress or NoProgress()
-    rows, backend = _solve(path, problems, sampling, box, device, shown)
+    rows, backend = _solve(path, problems, sampling, box, device, shown, activation_bits)
     task = file.stem
     found: dict[str, Any] = {
         "tasks": {task: summary(rows)},
@@ -157,10 +159,16 @@ def truncate(text: str, prompt: str = "") -> str:
 
 
 def _solve(
-    root: Path, problems: Sequence[Problem], sampling: Sampling, box: Sandbox, device: str, progress: Progress
+    root: Path,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    box: Sandbox,
+    device: str,
+    progress: Progress,
+    activation_bits: int | None = None,
 ) -> tuple[list[dict[str, Any]], str]:
     """(a row per problem, who computed)."""
-    model, tokenizer = open_in_memory(root, device)
+    model, tokenizer = open_in_memory(root, device, activation_bits)
     progress.stage(f"code of {root}", len(problems))
     rows = []
     for number, problem in enumerate(problems):

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moecompress.arch.inputs import with_rounded_inputs
 from moecompress.arch.quirks import router_names
 from moecompress.arch.sites import is_experts
 from moecompress.arch.surgery import resize_experts
@@ -28,7 +29,7 @@ from moecompress.checkpoint.native_config import QUANT_METHOD, NativeConfig
 from moecompress.checkpoint.native_gate import LEAF
 from moecompress.checkpoint.native_turns import PREFIX
 from moecompress.checkpoint.reader import TensorReader
-from moecompress.errors import CheckpointError, UnsupportedModel, message
+from moecompress.errors import CheckpointError, RecipeError, UnsupportedModel, message
 from moecompress.experts import PackedExperts, PackedLinear
 from moecompress.packed import Packed
 from moecompress.packed_router import is_packed_router, pack_router, unpack_router
@@ -40,12 +41,15 @@ _TOKEN = re.compile("\0\\d+\0")
 _LAYER = re.compile(r"(.*\.\d+)\.")  # the decoder layer that a module is in
 
 
-def load(directory: Path | str, *, dequantize: bool = False, **options: Any) -> Any:
+def load(directory: Path | str, *, dequantize: bool = False, activation_bits: int | None = None, **options: Any) -> Any:
     """The model of a checkpoint directory, in eval mode, of the class its config names.
 
-    Native weights stay packed; dequantize: give transformers' own dense model instead. options: for
-    `from_pretrained` (dtype, device_map, ...; dtype defaults to the checkpoint's).
-    Raises CheckpointError for files that contradict each other, UnsupportedModel for a class transformers lacks.
+    Native weights stay packed; dequantize: give transformers' own dense model instead. activation_bits: 8 rounds what
+    packed matrices receive to int8 per token while the model runs, which is faster on many processors and changes
+    values; None = as the checkpoint says. options: for `from_pretrained` (dtype, device_map, ...; dtype defaults to
+    the checkpoint's).
+    Raises CheckpointError for files that contradict each other, UnsupportedModel for a class transformers lacks,
+    RecipeError for activation_bits that cannot be.
     """
     import transformers
 
@@ -54,10 +58,15 @@ def load(directory: Path | str, *, dequantize: bool = False, **options: Any) -> 
     native = isinstance(block, dict) and block.get("quant_method") == QUANT_METHOD
     if dequantize and block is not None and not native:
         raise CheckpointError(message(str(root), "dequantize=True", f"for quant_method {QUANT_METHOD} or no block"))
+    if activation_bits is not None and (dequantize or not native):
+        found = "activation_bits, which needs weights that stay packed"
+        raise RecipeError(message(str(root), found, "a checkpoint in the native format, not dequantized"))
     trusted = {key: options[key] for key in ("trust_remote_code",) if key in options}
     config = transformers.AutoConfig.from_pretrained(root, **trusted)
     if dequantize and native:
         config.quantization_config["dequantize"] = True
+    if activation_bits is not None:
+        config.quantization_config["activation_bits"] = activation_bits
     name = (config.architectures or [None])[0]
     auto: Any = transformers.AutoModelForCausalLM
     cls = auto if options.get("trust_remote_code") else getattr(transformers, name or "", auto)
@@ -66,16 +75,16 @@ def load(directory: Path | str, *, dequantize: bool = False, **options: Any) -> 
 
 @register_quantization_config(QUANT_METHOD)
 class MoecompressConfig(QuantizationConfigMixin):
-    """The `quantization_config` block of a native checkpoint. dequantize: load dense (never saved).
+    """The `quantization_config` block of a native checkpoint. dequantize, activation_bits: as `load` says; never saved.
 
-    transformers ignores a `quantization_config=` argument when the checkpoint has its own, so `dequantize` is asked
-    for by `moecompress.load(dir, dequantize=True)`, or by setting it in `config.quantization_config` beforehand.
+    transformers ignores a `quantization_config=` argument when the checkpoint has its own, so these two are asked for
+    by `moecompress.load(dir, dequantize=True)`, or by setting them in `config.quantization_config` beforehand.
     """
 
-    def __init__(self, dequantize: bool = False, **block: Any) -> None:
+    def __init__(self, dequantize: bool = False, activation_bits: int | None = None, **block: Any) -> None:
         """Raises CheckpointError for a block this version does not write."""
         self.quant_method: Any = QUANT_METHOD  # a plain word: transformers' enumeration cannot be extended
-        self.dequantize = dequantize
+        self.dequantize, self.activation_bits = dequantize, activation_bits
         self.native = NativeConfig.from_json({"quant_method": QUANT_METHOD, **block})
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +119,9 @@ class MoecompressQuantizer(HfQuantizer):
             index = open_index(root)
             with TensorReader(index) as reader:
                 counts = check_records(self.native, index, reader.read)
+        if (bits := self.quantization_config.activation_bits) is not None:
+            kind = model.config.get_text_config().model_type
+            self.native = with_rounded_inputs(self.native, bits, kind, str(root))
         self.names = {name: _module_name(model, name, root) for name in (*self.native.experts, *self.native.linears)}
         if type(model).__name__ in (model.config.architectures or ()):
             _check_complete(model, self.native, index)

@@ -144,7 +144,10 @@ def backends(model: nn.Module) -> list[str]:
         if isinstance(module, Packed):
             choice = module.prepare()
             reasons = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused)
-            found[f"{choice.backend}, {ops.backend(choice.backend).describe()} ({reasons or 'the best'})"] += 1
+            schemes = [matrix.scheme for layout in module.layouts for _, matrix in layout.matrices]
+            rounded = "/".join(sorted({scheme.activation for scheme in schemes} - {"none"}))
+            inputs = f", inputs rounded to {rounded}" if rounded else ""
+            found[f"{choice.backend}, {ops.backend(choice.backend).describe()} ({reasons or 'the best'}){inputs}"] += 1
     return [f"{count} packed modules by {text}" for text, count in found.most_common()]
 
 

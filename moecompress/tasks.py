@@ -40,13 +40,15 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     device: str = "cpu",
+    activation_bits: int | None = None,
     progress: Progress | None = None,
     save: bool = True,
 ) -> dict[str, Any]:
     """Run tasks on a checkpoint directory, and on the reference when one is given; returns what eval.json gets.
 
     tasks: built-in names of lm-eval, or YAML files. limit: documents of each task; num_fewshot replaces the tasks'
-    own. save: write eval.json and `eval_samples/<task>.jsonl` into `path/moecompress`.
+    own. activation_bits: of `load`, for the checkpoint. save: write eval.json and `eval_samples/<task>.jsonl` into
+    `path/moecompress`.
     Raises MachineError (lm-eval missing, data that has to be downloaded, too little memory), RecipeError (tasks).
     """
     problems = task_problems(tasks, "tasks")
@@ -60,7 +62,8 @@ def evaluate_tasks(
     for key, root in (("model", path), ("reference", reference)):
         if root is not None:
             options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
-            runs[key] = _run(root, tasks, device, options)
+            rounding = activation_bits if key == "model" else None
+            runs[key] = _run(root, tasks, device, options, rounding)
             shown.step(str(root))
     found = _section(runs["model"], limit)
     if reference is not None:
@@ -72,8 +75,8 @@ def evaluate_tasks(
     return found
 
 
-def open_in_memory(root: Path, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a directory, the model whole on `device`, native weights packed.
+def open_in_memory(root: Path, device: str, activation_bits: int | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a directory, the model whole on `device`, native weights packed. Options: of `load`.
 
     Raises MachineError when the weights do not fit into this machine's memory.
     """
@@ -82,7 +85,7 @@ def open_in_memory(root: Path, device: str) -> tuple[Any, Any]:
     if not fits(root):
         found = f"{open_index(root).total_bytes / 2**30:.1f} GiB of weights are more than the free memory"
         raise MachineError(message(str(root), found, then="measure perplexity, which holds one layer at a time"))
-    return load(root).to(device), load_tokenizer(root)
+    return load(root, activation_bits=activation_bits).to(device), load_tokenizer(root)
 
 
 def fits(root: Path) -> bool:
@@ -91,7 +94,9 @@ def fits(root: Path) -> bool:
     return free is None or open_index(root).total_bytes <= free
 
 
-def _run(root: Path, tasks: Sequence[str], device: str, options: Mapping[str, Any]) -> TaskResults:
+def _run(
+    root: Path, tasks: Sequence[str], device: str, options: Mapping[str, Any], activation_bits: int | None
+) -> TaskResults:
     """Load tasks and model, evaluate, forget the model."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -100,7 +105,7 @@ def _run(root: Path, tasks: Sequence[str], device: str, options: Mapping[str, An
         loaded = _load_tasks(tasks)
         for task in loaded["tasks"].values():
             _set_fewshot(task, options["num_fewshot"])
-        model, tokenizer = open_in_memory(root, device)
+        model, tokenizer = open_in_memory(root, device, activation_bits)
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options["batch_size"])
         raw: Any = evaluate(lm, loaded, limit=options["limit"], bootstrap_iters=0, log_samples=True)
         used = backend_name(model)

@@ -170,6 +170,15 @@ def test_eval_passes_everything_on(call: Callable[..., Outcome], fake: Fake) -> 
     assert located["positional"] == ("org/ref",)
     assert (seen["windows"], seen["length"]) == (3, 64) and hasattr(seen["progress"], "step")
     assert json.loads(call("eval", "out", "--json").out) == result
+    assert (seen["activation_bits"], seen["save"]) == (None, True)
+
+
+def test_rounded_inputs_are_said_and_not_saved(call: Callable[..., Outcome], fake: Fake) -> None:
+    seen = fake("moecompress.evaluate", "evaluate_dir", {"perplexity": {"a": {"value": 7.25, "stderr": None}}})
+    lines = call("eval", "out", "--activation-bits", "8").out.splitlines()
+    assert lines[0] == "inputs      rounded to int8 on request; nothing is saved" and lines[1].startswith("perplexity")
+    assert (seen["activation_bits"], seen["save"]) == (8, False)
+    assert json.loads(call("eval", "out", "--activation-bits", "8", "--json").out)["activation_bits"] == 8
 
 
 def test_report_prints_the_files(call: Callable[..., Outcome], fake: Fake) -> None:

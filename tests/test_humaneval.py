@@ -195,7 +195,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, bench_a: Path) -> Any:
 
     def place(**texts: list[str]) -> dict[str, Scripted]:
         made.update({name: Scripted(tokenizer, written) for name, written in texts.items()})
-        monkeypatch.setattr(humaneval, "open_in_memory", lambda root, device: (made[root.name], tokenizer))
+        monkeypatch.setattr(humaneval, "open_in_memory", lambda root, *_: (made[root.name], tokenizer))
         return made
 
     return place

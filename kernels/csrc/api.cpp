@@ -3,6 +3,12 @@
 #include <cstring>
 #include <new>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "mc_cpu.h"
 
 int run_moe(const McLayer&, const uint8_t*, const Isa&, const void*, int64_t, const int64_t*, const float*, int64_t,
@@ -17,6 +23,29 @@ int run_linear(const McLayer&, const uint8_t*, const Isa&, const void*, int64_t,
 
 namespace {
 
+// AMX: the processor has int8 tiles, the system saves them, and it lets this process use them (asked once).
+bool amx_usable() {
+#if defined(MC_AMX_EMULATED)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
+  static const bool usable = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;  // OSXSAVE
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned TILE_BIT = 1u << 24, INT8_BIT = 1u << 25;
+    if (!(d & TILE_BIT) || !(d & INT8_BIT)) return false;
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    constexpr unsigned SAVED = 3u << 17;  // XTILECFG, XTILEDATA
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+    return (low & SAVED) == SAVED && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+  }();
+  return usable;
+#else
+  return false;
+#endif
+}
+
 bool machine_has(int number) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
@@ -26,7 +55,9 @@ bool machine_has(int number) {
     case 0: return true;
     case 1: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case 2: return avx512;
-    case 3: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case 3: return avx512 && __builtin_cpu_supports("avx512vnni");
+    case 4: return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    case 5: return machine_has(4) && amx_usable();
   }
   return false;
 #else
@@ -39,7 +70,9 @@ const Isa* isa_of(int number) {
     case 0: return isa_scalar();
     case 1: return isa_avx2();
     case 2: return isa_avx512();
-    case 3: return isa_avx512_bf16();
+    case 3: return isa_avx512_vnni();
+    case 4: return isa_avx512_bf16();
+    case 5: return isa_amx();
   }
   return nullptr;
 }
@@ -67,11 +100,14 @@ MC_EXPORT const char* mc_sources() { return MC_SOURCES; }
 
 // Name of instruction set `number`, or null when there is none. *usable: compiled in, and this machine has it.
 MC_EXPORT const char* mc_isa(int number, int* usable) {
-  static const char* const names[] = {"scalar", "AVX2", "AVX-512", "AVX-512 BF16"};
-  if (number < 0 || number > 3) return nullptr;
+  static const char* const names[] = {"scalar", "AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 BF16", "AMX"};
+  if (number < 0 || number > 5) return nullptr;
   *usable = isa_of(number) != nullptr && machine_has(number);
   return names[number];
 }
+
+// What multiplies int8 inputs in instruction set `number`, which is usable.
+MC_EXPORT const char* mc_int8(int number) { return isa_of(number) ? isa_of(number)->int8 : nullptr; }
 
 // Reads `bytes` (a multiple of 64) once on all threads: what memory gives at best, for benchmarks.
 MC_EXPORT uint64_t mc_read(const uint8_t* at, int64_t bytes, int threads) {

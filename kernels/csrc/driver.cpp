@@ -9,7 +9,6 @@
 
 namespace {
 
-constexpr int64_t MANY = 96;        // rows multiplied by one expanded panel at a time
 constexpr int64_t PARALLEL = 1 << 16;  // values: less is not worth waking threads for
 
 struct Memory {  // aligned, for one call
@@ -61,7 +60,7 @@ void multiply(const Isa& isa, const McMatrix& m, const uint8_t* blob, int64_t pa
   call.n = n;
   call.out = own.panel;
   call.scratch = own.expanded;
-  isa.panel(call);
+  x.type == MC_I8 ? isa.integers(call) : isa.panel(call);
   if (x.steps)
     for (int64_t i = 0; i < n; ++i)
       for (int r = 0; r < PANEL; ++r) own.panel[i * PANEL + r] *= x.steps[which[i]];

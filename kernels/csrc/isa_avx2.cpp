@@ -1,4 +1,4 @@
-// AVX2 with FMA: float32 activations, 8 lanes.
+// AVX2 with FMA: float32 activations, 8 lanes; int8 activations by products of pairs of bytes and of 16-bit pairs.
 #include "mc_cpu.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -6,6 +6,7 @@
 
 #include "activate.h"
 #include "panel_f32.h"
+#include "panel_int.h"
 
 namespace {
 
@@ -82,7 +83,51 @@ struct V::Codes<32> {
   }
 };
 
-const Isa ISA = {"AVX2", false, false, F32<V>::panel, activate};
+struct W {
+  static constexpr int LANES = 8, ROWS = 2, CHAINS = 2;
+  using V = ::V;
+  __m256i x;
+
+  static W zero() { return {_mm256_setzero_si256()}; }
+  static W set(int32_t value) { return {_mm256_set1_epi32(value)}; }
+  static W load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+  static void store(void* p, W w) { _mm256_storeu_si256(static_cast<__m256i*>(p), w.x); }
+  static W load_u8(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static W broadcast(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return set(four);
+  }
+  template <int N>
+  static W right(W w) { return {_mm256_srli_epi32(w.x, N)}; }
+  template <int N>
+  static W left(W w) { return {_mm256_slli_epi32(w.x, N)}; }
+  static W mask(W w, uint32_t bits) { return {_mm256_and_si256(w.x, _mm256_set1_epi32(int32_t(bits)))}; }
+  static W pick(uint32_t bits, W a, W b) {
+    __m256i select = _mm256_set1_epi32(int32_t(bits));
+    return {_mm256_or_si256(_mm256_and_si256(select, a.x), _mm256_andnot_si256(select, b.x))};
+  }
+  static W add(W a, W b) { return {_mm256_add_epi32(a.x, b.x)}; }
+  static W sub(W a, W b) { return {_mm256_sub_epi32(a.x, b.x)}; }
+  static W mul(W a, W b) { return {_mm256_mullo_epi32(a.x, b.x)}; }
+  template <int B>
+  static W dot(W sum, W codes, W inputs) {
+    if (B < 8) {  // two products of a code below 16 fit 16 bits
+      __m256i pairs = _mm256_maddubs_epi16(codes.x, inputs.x);
+      return {_mm256_add_epi32(sum.x, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+    }
+    __m256i even = _mm256_and_si256(codes.x, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(codes.x, 8);
+    __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(inputs.x, 8), 8), high = _mm256_srai_epi16(inputs.x, 8);
+    __m256i four = _mm256_add_epi32(_mm256_madd_epi16(even, low), _mm256_madd_epi16(odd, high));
+    return {_mm256_add_epi32(sum.x, four)};
+  }
+  static V to_float(W w) { return {_mm256_cvtepi32_ps(w.x)}; }
+  static V fma(V a, V b, V c) { return V::fma(a, b, c); }
+};
+
+const Isa ISA = {"AVX2", false, F32<V>::panel, "AVX2", Int<W>::panel, activate};
 
 }  // namespace
 

@@ -1,11 +1,13 @@
-// AVX-512 without bf16 products: activations in float32.
+// AVX-512 without bf16 and byte products: activations in float32; int8 activations as on AVX2.
 #include "mc_cpu.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include "avx512.h"
 
 namespace {
-const Isa ISA = {"AVX-512", false, false, F32<V>::panel, activate};
+void integers(const PanelCall& call) { isa_avx2()->integers(call); }
+
+const Isa ISA = {"AVX-512", false, F32<V>::panel, "AVX2", integers, activate};
 }  // namespace
 
 const Isa* isa_avx512() { return &ISA; }

@@ -1,5 +1,5 @@
 // AVX-512 with bf16 dot products: codes become bf16 through a table (exactly: they are small integers) and are multiplied
-// by pairs of bf16 activations; float32 activations take the path of isa_avx512.cpp.
+// by pairs of bf16 activations; float32 activations take the path of isa_avx512.cpp, int8 that of isa_avx512_vnni.cpp.
 #include "mc_cpu.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -191,7 +191,9 @@ void panel(const PanelCall& call) {
   }
 }
 
-const Isa ISA = {"AVX-512 BF16", true, false, panel, activate};
+void integers(const PanelCall& call) { isa_avx512_vnni()->integers(call); }
+
+const Isa ISA = {"AVX-512 BF16", true, panel, "AVX-512 VNNI", integers, activate};
 
 }  // namespace
 

@@ -2,6 +2,7 @@
 #define MC_NO_UNROLL
 #include "activate.h"
 #include "panel_f32.h"
+#include "panel_int.h"
 
 namespace {
 
@@ -90,7 +91,90 @@ struct V::Codes<32> {
   V decode(const uint8_t* lines, int c, int) const { return load(reinterpret_cast<const float*>(lines + c * LINE)); }
 };
 
-const Isa ISA = {"scalar", false, false, F32<V>::panel, activate};
+template <class F>
+inline void each(const F& f) {
+  for (int i = 0; i < V::LANES; ++i) f(i);
+}
+
+struct W {
+  static constexpr int LANES = 16, ROWS = 4, CHAINS = 2;
+  using V = ::V;
+  uint32_t x[LANES];  // unsigned: shifts fill with zeros and sums wrap
+
+  static W zero() { return set(0); }
+  static W set(int32_t value) {
+    W w;
+    each([&](int i) { w.x[i] = uint32_t(value); });
+    return w;
+  }
+  static W load(const void* p) {
+    W w;
+    std::memcpy(w.x, p, sizeof w.x);
+    return w;
+  }
+  static void store(void* p, W w) { std::memcpy(p, w.x, sizeof w.x); }
+  static W load_u8(const uint8_t* p) {
+    W w;
+    each([&](int i) { w.x[i] = p[i]; });
+    return w;
+  }
+  static W broadcast(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return set(four);
+  }
+  template <int N>
+  static W right(W w) {
+    each([&](int i) { w.x[i] >>= N; });
+    return w;
+  }
+  template <int N>
+  static W left(W w) {
+    each([&](int i) { w.x[i] <<= N; });
+    return w;
+  }
+  static W mask(W w, uint32_t bits) {
+    each([&](int i) { w.x[i] &= bits; });
+    return w;
+  }
+  static W pick(uint32_t bits, W a, W b) {
+    each([&](int i) { a.x[i] = (a.x[i] & bits) | (b.x[i] & ~bits); });
+    return a;
+  }
+  static W add(W a, W b) {
+    each([&](int i) { a.x[i] += b.x[i]; });
+    return a;
+  }
+  static W sub(W a, W b) {
+    each([&](int i) { a.x[i] -= b.x[i]; });
+    return a;
+  }
+  static W mul(W a, W b) {
+    each([&](int i) { a.x[i] *= b.x[i]; });
+    return a;
+  }
+  template <int B>
+  static W dot(W sum, W codes, W inputs) {
+    each([&](int i) {
+      int32_t total = 0;
+      for (int byte = 0; byte < 32; byte += 8)
+        total += int32_t(codes.x[i] >> byte & 0xff) * int8_t(uint8_t(inputs.x[i] >> byte));
+      sum.x[i] += uint32_t(total);
+    });
+    return sum;
+  }
+  static V to_float(W w) {
+    V v;
+    each([&](int i) { v.x[i] = float(int32_t(w.x[i])); });
+    return v;
+  }
+  static V fma(V a, V b, V c) {
+    each([&](int i) { c.x[i] = std::fma(a.x[i], b.x[i], c.x[i]); });
+    return c;
+  }
+};
+
+const Isa ISA = {"scalar", false, F32<V>::panel, "plain C++", Int<W>::panel, activate};
 
 }  // namespace
 

@@ -7,6 +7,10 @@
 // a bf16 dot product of pairs reads. Three bits: five codes per half word in each of three lines; the three top bits left
 // over are the last pair. Eight bits: two codes per half word. Matrices without codes are lines of bf16 pairs (b = 16) or
 // of float32 columns (b = 32). Order in memory: panel, tile, block, line; scales and zeros: panel, group, row.
+//
+// Integer products read a lane four bytes at a time: a quad is four columns whose codes become the bytes of a lane by the
+// same shift and mask, and a tile is eight quads, in an order that depends on b (quad_place). int8 input rows are kept in
+// that order.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -36,6 +40,7 @@ struct McInput {          // a form of input rows: rounded or not, padded for on
   int64_t group, padded, groups;
   int64_t sums;           // 1: sums over groups are needed (zero points)
   int64_t dtype;          // MC_F32: always float32; MC_BF16: bf16 when the instruction set multiplies it
+  int64_t order;          // of int8 rows: bits of the matrices that they are multiplied with; 0: floats
 };
 
 struct McLayer {
@@ -53,6 +58,19 @@ inline const McMatrix* matrices_of(const McLayer* l) {
 }
 inline int64_t tile_bytes(const McMatrix& m) { return 2 * m.bits * LINE; }  // of one panel
 inline int64_t panel_bytes(const McMatrix& m) { return m.groups * (m.padded / TILE) * tile_bytes(m); }
+// Where column c of a tile of `bits` bits is among the bytes of its quads.
+constexpr int quad_place(int bits, int c) {
+  int half = c & 1;
+  if (bits == 3) {
+    if (c >= 30) return 4 * 7 + 2 * half + 1;
+    int line = c / 10, i = c % 10 / 2;
+    if (i == 2) return 4 * (line == 2 ? 7 : 6) + 2 * half + (line == 1);
+    return 4 * (2 * line + i % 3) + 2 * half + i / 3;
+  }
+  int line = c * bits / 32, i = c % (32 / bits) / 2, per_byte = 8 / bits;
+  return 4 * (line * per_byte + i % per_byte) + 2 * half + i / per_byte;
+}
+
 inline int64_t element_bytes(int64_t type) { return type == MC_F32 ? 4 : type == MC_U8 || type == MC_I8 ? 1 : 2; }
 
 // One panel of a matrix times n input rows: out[n][32] (float32, overwritten).
@@ -61,14 +79,14 @@ struct PanelCall {
   const uint8_t* scales;      // of this panel, or null
   const uint8_t* zeros;       // of this panel, or null
   const McMatrix* matrix;
-  int64_t x_type;             // MC_F32, MC_BF16 or MC_I8
+  int64_t x_type;             // MC_F32 or MC_BF16; MC_I8: for `integers`
   const void* const* x;       // n rows
-  const float* const* sums;   // n rows of [groups], or null
-  int64_t n;
+  const float* const* sums;   // n rows of [groups], or null; of int8 rows: whole numbers
+  int64_t n;                  // at most MANY
   float* out;
   uint8_t* scratch;           // SCRATCH bytes, aligned to 64
 };
-constexpr int64_t SCRATCH = 64 * 1024;
+constexpr int64_t SCRATCH = 64 * 1024, MANY = 96;
 
 struct ActivationCall {       // dst[i] = f of n rows of a panel: [16] when gated, [32] when not
   const float* panel;         // [n][32]; gated: 16 gates then 16 ups
@@ -79,8 +97,10 @@ struct ActivationCall {       // dst[i] = f of n rows of a panel: [16] when gate
 
 struct Isa {
   const char* name;
-  bool bf16, int8;            // whether panel() multiplies these
+  bool bf16;                  // whether panel() multiplies it
   void (*panel)(const PanelCall&);
+  const char* int8;           // the instructions of integers()
+  void (*integers)(const PanelCall&);  // int8 rows; the same bits on every instruction set
   void (*activate)(const ActivationCall&);
 };
 
@@ -88,7 +108,9 @@ struct Isa {
 const Isa* isa_scalar();
 const Isa* isa_avx2();
 const Isa* isa_avx512();
+const Isa* isa_avx512_vnni();
 const Isa* isa_avx512_bf16();
+const Isa* isa_amx();
 
 // pool.cpp
 using Task = void (*)(void* context, int64_t index);

@@ -1,4 +1,4 @@
-// Input rows in the forms that panels multiply: padded for a group size, as bf16 or float32, maybe rounded to codes.
+// Input rows in the forms that panels multiply: padded for a group size, as bf16, float32 or int8, maybe rounded to codes.
 #pragma once
 #include <cmath>
 
@@ -43,25 +43,30 @@ inline float narrowed(float x, int64_t type) {
 
 // Codes of one row, in place, and the step they count. A row with NaN or Inf gets step NaN, so its results are NaN.
 inline float round_row(float* row, int64_t n, const McInput& form) {
-  float most = 0.0f, check = 0.0f;
+  int32_t most = 0;  // sizes of floats are in the order of their bits, and integers have vector instructions everywhere
   for (int64_t i = 0; i < n; ++i) {
-    float size = std::fabs(row[i]);
+    int32_t size = int32_t(bits_of(row[i]) & 0x7fffffffu);
     most = size > most ? size : most;
-    check += row[i] * 0.0f;
   }
-  float top = float((1 << (form.rounding - 1)) - 1), step = most * float(form.factor);
+  if (most >= 0x7f800000) {
+    for (int64_t i = 0; i < n; ++i) row[i] = 0.0f;
+    return NAN;
+  }
+  float top = float((1 << (form.rounding - 1)) - 1), step = float_of(uint32_t(most)) * float(form.factor);
   step = step > 0.0f ? step : 1.0f;
-  bool sound = check == 0.0f;
   for (int64_t i = 0; i < n; ++i) {
-    float code = sound ? std::nearbyint(row[i] / step) : 0.0f;
-    row[i] = code > top ? top : code < -top - 1.0f ? -top - 1.0f : code;
+    float code = row[i] / step;
+    code = code > top ? top : code < -top - 1.0f ? -top - 1.0f : code;
+    row[i] = (code + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to whole numbers, ties to even
   }
-  return sound ? step : NAN;
+  return step;
 }
 
 // values: [groups * group] float32, changed. out: the padded row; sums [groups] and step where the form has them.
 inline void form_row(float* values, const McInput& form, int64_t type, uint8_t* out, float* sums, float* step) {
   int64_t n = form.groups * form.group;
+  int place[TILE];
+  for (int c = 0; form.order && c < TILE; ++c) place[c] = quad_place(int(form.order), c);
   if (form.rounding) *step = round_row(values, n, form);
   for (int64_t g = 0; g < form.groups; ++g) {
     const float* from = values + g * form.group;
@@ -69,6 +74,10 @@ inline void form_row(float* values, const McInput& form, int64_t type, uint8_t* 
       float* to = reinterpret_cast<float*>(out) + g * form.padded;
       std::memcpy(to, from, form.group * 4);
       std::memset(to + form.group, 0, (form.padded - form.group) * 4);
+    } else if (type == MC_I8) {
+      int8_t* to = reinterpret_cast<int8_t*>(out) + g * form.padded;
+      std::memset(to, 0, form.padded);
+      for (int64_t i = 0; i < form.group; ++i) to[i / TILE * TILE + place[i % TILE]] = int8_t(from[i]);
     } else {
       uint16_t* to = reinterpret_cast<uint16_t*>(out) + g * form.padded;
       for (int64_t i = 0; i < form.group; ++i) to[i] = to_bf16(from[i]);
@@ -85,8 +94,10 @@ inline void form_row(float* values, const McInput& form, int64_t type, uint8_t* 
   }
 }
 
-// bf16 products need a bf16 matrix path, and values that are bf16 already or codes, which bf16 holds exactly.
+// Codes are multiplied as integers, unless by a matrix without codes. bf16 products need a bf16 matrix path, and values
+// that are bf16 already or codes, which bf16 holds exactly.
 inline int64_t row_type(const McInput& form, const Isa& isa, int64_t dtype) {
+  if (form.order) return MC_I8;
   return isa.bf16 && form.dtype == MC_BF16 && (form.rounding || dtype == MC_BF16) ? MC_BF16 : MC_F32;
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moecompress.arch.inputs import with_rounded_inputs
 from moecompress.arch.sites import find_layers
 from moecompress.arch.surgery import resize_experts, resized_facts, resized_layer
 from moecompress.checkpoint.index import CheckpointIndex, open_index
@@ -220,14 +221,17 @@ class StreamModel:
         )
 
 
-def open_model(root: Path, *, trust_remote_code: bool = False) -> StreamModel:
+def open_model(root: Path, *, trust_remote_code: bool = False, activation_bits: int | None = None) -> StreamModel:
     """Open a Hugging Face or native moecompress checkpoint directory. Reads headers (and slot maps), no weights.
 
-    Raises CheckpointError (files, contradictions between config and tensors) and UnsupportedModel.
+    activation_bits: 8 runs it with inputs of packed matrices rounded to int8 per token; RecipeError where that cannot
+    be. Raises CheckpointError (files, contradictions between config and tensors) and UnsupportedModel.
     """
     raw = read_config_json(root)
     config = load_config(root, trust_remote_code=trust_remote_code)
     native, portable, block = _quantization(root, raw)
+    if activation_bits is not None:
+        native = with_rounded_inputs(native, activation_bits, config.get_text_config().model_type, str(root))
     index = open_index(root)
     reader = TensorReader(index, block=block) if portable is None else PortableReader(index, portable)
     if native is not None:

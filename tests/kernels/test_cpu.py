@@ -143,6 +143,38 @@ def test_rounded_inputs_have_the_codes_of_the_definition(isa: tuple[int, str], b
         assert layers.error(cpu.packed_linear(packed.layer, handle, halves, isa=isa[0]), wanted) <= LIMIT[BF16]
 
 
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_integer_products_have_the_same_bits_everywhere(bits: Any) -> None:
+    """Whatever the instruction set and the number of rows; and they are the float64 product of the codes, rounded."""
+    wide = [Scheme(width, -1, zero == "none", zero) for width in (3, 8) for zero in ("none", "int")]  # type: ignore[arg-type]
+    cases = [(scheme, 192) for scheme in SCHEMES] + [(scheme, 1120) for scheme in wide]  # 1120: pieces of a group
+    for number, (scheme, columns) in enumerate(cases):
+        scheme = replace(scheme, activation=bits)
+        matrix = layers.weight(80, columns, scheme, seed=number)
+        packed = layers.linear(matrix)
+        handle = cpu.prepare(packed.layer, packed.records, packed.slot_map, [])
+        x = torch.randn(23, columns, generator=layers.generator(number))
+        found = [cpu.packed_linear(packed.layer, handle, x, isa=isa) for isa, _ in ISAS]
+        for isa, other in zip(ISAS, found, strict=True):
+            assert torch.equal(other, found[0]), (scheme, isa)
+            for rows in (1, 2, 7):
+                few = cpu.packed_linear(packed.layer, handle, x[:rows], isa=isa[0])
+                assert torch.equal(few, found[0][:rows]), (scheme, isa, rows)
+        codes, steps = activation_codes(x, int(bits[3:]))
+        assert layers.error(found[0], steps.double() * (codes.double() @ layers.values(matrix).T)) <= 3e-7, scheme
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_rounded_experts_have_the_same_bits_everywhere(activation: ops.Activation, dtype: torch.dtype) -> None:
+    """Activations too: a last bit that differs there would change codes of what goes into `down`."""
+    schemes = [(replace(up, activation="int8"), replace(down, activation="int8")) for up, down in MIXED[:4]]
+    packed = layers.experts(schemes, 64, 48, activation, bias=True)
+    inputs = layers.routing(40, len(schemes), 3, 64, dtype)
+    found = [run(packed, inputs, isa) for isa, _ in ISAS]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_rounded_experts() -> None:
     schemes = [(Scheme(4, 32, activation="int4"), Scheme(3, 16, activation="int8")), (Scheme(4, 32), Scheme(4, 16))]
     packed = layers.experts(schemes)

@@ -8,13 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import engine
 import families
 import pytest
 import torch
 from torch import nn
 
 import moecompress
+from moecompress.errors import RecipeError
 from moecompress.packed import Packed, backends
+from moecompress.stream.model import open_model
 from moecompress_kernels import cpu
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -45,6 +48,31 @@ def test_a_compiler_means_compiled_kernels(native: Path, monkeypatch: pytest.Mon
     packed = [module for module in model.modules() if isinstance(module, Packed)]
     assert len(packed) > families.LAYERS and all(module.choice.backend == "cpu" for module in packed)  # type: ignore[union-attr]
     assert len(backends(model)) == 1 and backends(model)[0].startswith(f"{len(packed)} packed modules by cpu, ")
+
+
+def test_int8_inputs_are_asked_for_named_and_not_saved(native: Path, tmp_path: Path) -> None:
+    """The packed model and the streamed one round the same inputs; without being asked nothing is rounded."""
+    ids = torch.arange(5, 25)[None]
+    plain, asked = (moecompress.load(native, dtype=torch.float32, activation_bits=bits) for bits in (None, 8))
+    with torch.no_grad():
+        exact, found = plain(ids).logits, asked(ids).logits
+    streamed = engine.streamed_logits(open_model(native, activation_bits=8), ids, tmp_path / "hidden")
+    distance = float((found - streamed).norm() / streamed.norm())
+    assert distance < 1e-5 < 1e-4 < float((found - exact).norm() / exact.norm()) < 0.1, distance
+    assert all(row.endswith("inputs rounded to int8") for row in backends(asked))
+    assert not any("rounded" in row for row in backends(plain))
+    asked.save_pretrained(tmp_path / "saved")
+    assert not any("rounded" in row for row in backends(moecompress.load(tmp_path / "saved")))
+
+
+def test_int8_inputs_that_cannot_be(native: Path) -> None:
+    with pytest.raises(RecipeError, match="activation_bits: 4. Allowed: 8"):
+        moecompress.load(native, activation_bits=4)
+    with pytest.raises(RecipeError, match="not dequantized"):
+        moecompress.load(native, activation_bits=8, dequantize=True)
+    for opened in (moecompress.load, open_model):
+        with pytest.raises(RecipeError, match="native format"):
+            opened(native.parent / "source", activation_bits=8)
 
 
 def first_packed(model: nn.Module) -> Packed:
