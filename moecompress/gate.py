@@ -27,8 +27,9 @@ class Relaxation:
 class Gate:
     """Which of the K experts that the router chose for a token are used: the first n by weight, n from 1 to K.
 
-    count: n is the same for every token. ratio: a slot stays while its weight is at least thresholds [K-1] times the
-    largest. mask_router: n is the largest entry of a small network's output; see `numerics.gating`.
+    count: n is the same for every token. ratio: slots leave from the weakest up while together they weigh less than
+    `threshold` times those that stay. mask_router: n is the largest entry of a small network's output; see
+    `numerics.gating`.
     renormalise: what stays is scaled to the sum of all K weights. protect: share of a sequence's tokens, those that
     receive most attention, that keep all K. relaxation: while a mask router is trained.
     """
@@ -37,5 +38,6 @@ class Gate:
     renormalise: bool
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     count: int = 0
+    threshold: float = 0.0
     protect: float = 0.0
     relaxation: Relaxation | None = None

@@ -87,7 +87,7 @@ def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> Non
     data = {"schemes": schemes, "experts": len(weights.experts), "kept": kept, "sources": weights.sources}
     data["turns"] = turns
     data["slots"] = weights.slots
-    data["gate"] = None if gate is None else [gate.kind, gate.renormalise, gate.count, gate.protect]
+    data["gate"] = None if gate is None else [gate.kind, gate.renormalise, gate.count, gate.threshold, gate.protect]
     atomic_write(path.with_suffix(".json"), json.dumps(data, sort_keys=True) + "\n")
 
 
@@ -134,6 +134,6 @@ def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
 def _gate(values: Any, tensors: Mapping[str, Tensor]) -> Gate | None:
     if values is None:
         return None
-    kind, renormalise, count, protect = values
+    kind, renormalise, count, threshold, protect = values
     own = {name.removeprefix("gate/"): value for name, value in tensors.items() if name.startswith("gate/")}
-    return Gate(kind, renormalise, own, count, protect)
+    return Gate(kind, renormalise, own, count, threshold, protect)

@@ -3,7 +3,9 @@
     python scripts/bench_gates.py OUT --model DIR --tokens FILE.safetensors --text TEXT [--text TEXT ...] [ROW ...]
 
 Rows are `method-value`: `none-1`, `top_k-3` (experts per token), `odp-0.5` (quantile), `otp-0.75` (target share); all
-on the model rounded to nearest at 4 bits. Finished rows are kept in OUT/rows.json, so an interrupted table goes on
+on the model rounded to nearest at 4 bits. Words may follow a method: `+raw` leaves the weights of what stays as they
+are (`renormalise: false`), `odp+model` has one threshold for all layers. Shares of experts used are those of the eighth
+of the sequences that nothing is trained on. Finished rows are kept in OUT/rows.json, so an interrupted table goes on
 where it stopped; OUT/table.md is written again after each row. Changes are against the row `none-1`.
 """
 
@@ -19,12 +21,21 @@ from typing import Any
 import yaml
 from bench_rows import Rows, arguments_of
 
-METHODS = {
-    "none": None,
-    "top_k": ("prune.top_k", "keep"),
-    "odp": ("prune.odp", "quantile"),
-    "otp": ("prune.otp", "target"),
-}
+METHODS = {"top_k": "keep", "odp": "quantile", "otp": "target"}
+WORDS: dict[str, dict[str, Any]] = {"raw": {"renormalise": False}, "model": {"pool": "model"}}
+
+
+def gate(row: str, otp: dict[str, Any]) -> list[dict[str, Any]]:
+    """The passes of a row after rounding. Raises ValueError for a row that is none."""
+    method, _, value = row.rpartition("-")
+    method, *words = method.split("+")
+    if row == "none-1":
+        return []
+    if method not in METHODS or not set(words) <= set(WORDS):
+        allowed = f"METHOD-VALUE or METHOD+WORD-VALUE with METHOD in {', '.join(METHODS)}, WORD in {', '.join(WORDS)}"
+        raise ValueError(f"row {row}; allowed: none-1, {allowed}")
+    options = {key: item for word in words for key, item in WORDS[word].items()} | (otp if method == "otp" else {})
+    return [{f"prune.{method}": options | {METHODS[method]: int(value) if method == "top_k" else float(value)}}]
 
 
 def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -33,15 +44,12 @@ def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from moecompress.recipe import load_recipe
     from moecompress.run import run
 
-    method, _, value = row.rpartition("-")
     folder = arguments.out / row
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     passes: list[dict[str, Any]] = [{"quantize.rtn": {"bits": 4, "group_size": arguments.group_size, "grid": "mse"}}]
-    if (found := METHODS[method]) is not None:
-        options = yaml.safe_load(arguments.options) if method == "otp" else {}
-        passes.append({found[0]: {**options, found[1]: int(value) if method == "top_k" else float(value)}})
-    tokens = {"source": "tokens", "files": [str(arguments.tokens)], "samples": arguments.samples, "heldout": 0}
+    passes += gate(row, yaml.safe_load(arguments.options))
+    tokens = {"source": "tokens", "files": [str(arguments.tokens)], "samples": arguments.samples}
     data = {
         "model": str(arguments.model),
         "calibration": {**tokens, "length": arguments.length},
@@ -92,8 +100,11 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--options", default="{}", help="other parameters of prune.otp, as YAML")
     arguments = parser.parse_intermixed_args()
-    if unknown := [row for row in arguments.rows if row.rpartition("-")[0] not in METHODS]:
-        parser.error(f"rows {unknown}; allowed: METHOD-VALUE with METHOD in {', '.join(METHODS)}")
+    try:
+        for row in arguments.rows:
+            gate(row, {})
+    except ValueError as error:
+        parser.error(str(error))
     rows = Rows(arguments.out, table)
     for row in rows.missing(arguments.rows):
         rows.add(row, found := measured(row, arguments))

@@ -6,6 +6,7 @@ w_in [width, H + K], w_out [K, width] and start [K]: whatever dtype a model is l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, cast, get_args
@@ -25,14 +26,14 @@ _LARGEST = 1 << 24
 
 @dataclass(frozen=True)
 class GateLayout:
-    """One gate as config.json holds it. slots: K. thresholds: of kind ratio. width: of kind mask_router."""
+    """One gate as config.json holds it. slots: K. threshold: of kind ratio. width: of kind mask_router."""
 
     kind: GateKind
     renormalise: bool
     slots: int
     protect: float = 0.0
     count: int = 0
-    thresholds: tuple[float, ...] = ()
+    threshold: float = 0.0
     width: int = 0
 
     def shapes(self, hidden: int) -> tuple[tuple[int, ...], ...]:
@@ -48,8 +49,6 @@ class GateLayout:
     def gate(self, hidden: int, read: Callable[[], Tensor]) -> Gate:
         """The gate. read: gives the tensor `mask_router`, uint8 [mask_bytes]. Raises CheckpointError otherwise."""
         tensors: dict[str, Tensor] = {}
-        if self.kind == "ratio":
-            tensors["thresholds"] = torch.tensor(self.thresholds)
         if self.kind == "mask_router":
             raw = read()
             if raw.dtype != torch.uint8 or tuple(raw.shape) != (self.mask_bytes(hidden),):
@@ -60,14 +59,13 @@ class GateLayout:
             tensors = {name: part.reshape(shape) for name, part, shape in zip(MASK_ROUTER, flat, shapes, strict=True)}
             if not all(bool(value.isfinite().all()) for value in tensors.values()):
                 raise CheckpointError(message(LEAF, "holds NaN or Inf", "finite values", "copy the checkpoint again"))
-        return Gate(self.kind, self.renormalise, tensors, self.count, self.protect)
+        return Gate(self.kind, self.renormalise, tensors, self.count, self.threshold, self.protect)
 
 
 def gate_layout(gate: Gate, slots: int) -> GateLayout:
     """How a gate over `slots` slots is stored."""
-    thresholds = tuple(gate.tensors["thresholds"].tolist()) if gate.kind == "ratio" else ()
     width = gate.tensors["w_out"].shape[1] if gate.kind == "mask_router" else 0
-    return GateLayout(gate.kind, gate.renormalise, slots, gate.protect, gate.count, thresholds, width)
+    return GateLayout(gate.kind, gate.renormalise, slots, gate.protect, gate.count, gate.threshold, width)
 
 
 def gate_entries(module: str, gate: Gate) -> tuple[Entry, ...]:
@@ -79,7 +77,7 @@ def gate_entries(module: str, gate: Gate) -> tuple[Entry, ...]:
 
 
 def gate_to_json(layout: GateLayout) -> dict[str, Any]:
-    return asdict(layout) | {"thresholds": list(layout.thresholds)}
+    return asdict(layout)
 
 
 def gate_from_json(block: object, where: str) -> GateLayout:
@@ -90,7 +88,7 @@ def gate_from_json(block: object, where: str) -> GateLayout:
     wrong = [key for key in block if key not in names] + [name for name in names if name not in block]
     if wrong:
         raise CheckpointError(message(where, f"unknown or missing key '{short(str(wrong[0]))}'", ", ".join(names)))
-    kind, thresholds = block["kind"], block["thresholds"]
+    kind, threshold = block["kind"], block["threshold"]
     if kind not in get_args(GateKind):
         raise CheckpointError(message(f"{where}.kind", short(repr(kind)) + suggest(str(kind), get_args(GateKind))))
     slots, count, width = block["slots"], block["count"], block["width"]
@@ -100,13 +98,13 @@ def gate_from_json(block: object, where: str) -> GateLayout:
         "count": is_count(count) and (1 <= count <= slots if kind == "count" else count == 0),
         "width": is_count(width) and (1 <= width <= _LARGEST if kind == "mask_router" else width == 0),
         "protect": type(block["protect"]) in (int, float) and 0 <= block["protect"] < 1,
-        "thresholds": isinstance(thresholds, list)
-        and len(thresholds) == (slots - 1 if kind == "ratio" else 0)
-        and all(type(value) in (int, float) and value >= 0 for value in thresholds),
+        "threshold": type(threshold) in (int, float)
+        and math.isfinite(threshold)
+        and (threshold >= 0 if kind == "ratio" else threshold == 0),
     }
     for key, fine in sound.items():
         if not fine:
             raise CheckpointError(message(f"{where}.{key}", f"{short(repr(block[key]))} for kind {kind}"))
     return GateLayout(
-        cast(GateKind, kind), block["renormalise"], slots, float(block["protect"]), count, tuple(thresholds), width
+        cast(GateKind, kind), block["renormalise"], slots, float(block["protect"]), count, float(threshold), width
     )

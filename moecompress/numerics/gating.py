@@ -48,13 +48,19 @@ def mask_logits(hidden: Tensor, ranked: Tensor, tensors: dict[str, Tensor]) -> T
     return F.linear(F.silu(F.linear(features, tensors["w_in"])), tensors["w_out"], tensors["start"])
 
 
-def ratio_counts(ranked: Tensor, thresholds: Tensor) -> Tensor:
-    """How many slots stay when slot r needs ranked[:, r] >= thresholds[r - 1] * ranked[:, 0]: int64 [T], 1..K.
+def rest_ratios(ranked: Tensor) -> Tensor:
+    """(w_r + ... + w_{K-1}) / (w_0 + ... + w_{r-1}) for r = 1..K-1, falling: float64 [T, K-1]. ranked: [T, K].
 
-    The first slot that falls short takes the weaker ones with it.
+    What leaves beside what stays when the first r slots are kept; with two experts w_1 / w_0.
     """
-    enough = ranked[:, 1:].float() >= thresholds.to(ranked.device) * ranked[:, :1].float()
-    return 1 + enough.long().cumprod(-1).sum(-1)
+    values = ranked.double()
+    rest = values.flip(-1).cumsum(-1).flip(-1)[:, 1:]
+    return rest / values.cumsum(-1)[:, :-1]
+
+
+def ratio_counts(ranked: Tensor, threshold: float) -> Tensor:
+    """How many slots stay: the fewest whose rest weighs less than `threshold` times them, int64 [T], 1..K."""
+    return 1 + (rest_ratios(ranked) >= threshold).long().cumprod(-1).sum(-1)
 
 
 def first_slots(counts: Tensor, slots: int) -> Tensor:
@@ -86,7 +92,7 @@ def kept_counts(hidden: Tensor, ranked: Tensor, gate: Gate) -> Tensor:
     if gate.kind == "count":
         return torch.full(ranked.shape[:1], min(gate.count, ranked.shape[1]), device=ranked.device)
     if gate.kind == "ratio":
-        return ratio_counts(ranked, gate.tensors["thresholds"])
+        return ratio_counts(ranked, gate.threshold)
     return 1 + mask_logits(hidden, ranked, _on(gate, ranked.device)).argmax(-1)
 
 

@@ -18,6 +18,7 @@ from moecompress.numerics.gating import (
     ratio_counts,
     received_attention,
     relaxed_mask,
+    rest_ratios,
     slot_order,
 )
 
@@ -49,8 +50,7 @@ def slow_keep(hidden: Tensor, ids: Tensor, weights: Tensor, gate: Gate) -> list[
         if gate.kind == "count":
             n = gate.count
         elif gate.kind == "ratio":
-            short = [r for r in range(1, K) if sizes[r] < float(gate.tensors["thresholds"][r - 1]) * sizes[0]]
-            n = short[0] if short else K
+            n = next((r for r in range(1, K) if sum(sizes[r:]) < gate.threshold * sum(sizes[:r])), K)
         else:
             inside = torch.cat([x / math.sqrt(float((x * x).mean()) + 1e-6), torch.tensor(sizes)])
             middle = gate.tensors["w_in"].double() @ inside
@@ -67,7 +67,7 @@ def test_gates_keep_what_a_loop_over_tokens_keeps(kind: str, ties: bool, renorma
     hidden, ids, weights = routing(ties=ties)
     gate = {
         "count": Gate("count", renormalise, count=2),
-        "ratio": Gate("ratio", renormalise, {"thresholds": torch.tensor([0.7, 0.5, 0.4])}),
+        "ratio": Gate("ratio", renormalise, threshold=0.5),
         "mask_router": Gate("mask_router", renormalise, router()),
     }[kind]
     new, left, kept = gated(hidden, ids, weights, gate, E)
@@ -86,7 +86,7 @@ def test_gates_keep_what_a_loop_over_tokens_keeps(kind: str, ties: bool, renorma
 
 @pytest.mark.parametrize(
     "gate",
-    [KEEP_ALL, Gate("ratio", True, {"thresholds": torch.zeros(K - 1)}), Gate("mask_router", True, router(spread=0.0))],
+    [KEEP_ALL, Gate("ratio", True), Gate("mask_router", True, router(spread=0.0))],
 )
 def test_a_gate_that_keeps_all_changes_nothing_at_all(gate: Gate) -> None:
     hidden, ids, weights = routing()
@@ -98,7 +98,7 @@ def test_a_gate_that_keeps_all_changes_nothing_at_all(gate: Gate) -> None:
 
 def test_an_endless_threshold_leaves_the_strongest_with_the_whole_weight() -> None:
     hidden, ids, weights = routing()
-    gate = Gate("ratio", True, {"thresholds": torch.full((K - 1,), math.inf)})
+    gate = Gate("ratio", True, threshold=math.inf)
     new, left, _ = gated(hidden, ids, weights, gate, E)
     assert ((new != E).sum(-1) == 1).all()
     assert torch.equal(left.max(-1).indices, weights.max(-1).indices)
@@ -120,10 +120,21 @@ def test_slots_are_ranked_by_weight_and_then_by_expert() -> None:
     assert order.tolist() == [[1, 3, 2, 0]]
 
 
-def test_the_first_slot_that_falls_short_takes_the_weaker_ones_with_it() -> None:
-    ranked = torch.tensor([[1.0, 0.5, 0.45, 0.4]])
-    assert ratio_counts(ranked, torch.tensor([0.6, 0.1, 0.1])).tolist() == [1]
-    assert ratio_counts(ranked, torch.tensor([0.5, 0.46, 0.1])).tolist() == [2]
+def test_what_leaves_is_weighed_against_what_stays() -> None:
+    ranked = torch.tensor([[4.0, 2.0, 1.0, 1.0]])
+    torch.testing.assert_close(rest_ratios(ranked), torch.tensor([[4 / 4, 2 / 6, 1 / 7]]).double())
+    for threshold, kept in ((0.1, 4), (0.2, 3), (0.4, 2), (0.99, 2), (1.01, 1)):
+        assert ratio_counts(ranked, threshold).tolist() == [kept]
+
+
+def test_with_two_experts_the_ratio_is_the_published_one() -> None:
+    """Dropped when w_1 / w_0 < mu; half of the tokens at the median."""
+    ranked = torch.rand(1001, 2, generator=torch.Generator().manual_seed(0)).sort(-1, descending=True).values
+    ratio = ranked[:, 1].double() / ranked[:, 0].double()
+    assert torch.equal(rest_ratios(ranked)[:, 0], ratio)
+    median = float(ratio.median())
+    counts = ratio_counts(ranked, median)
+    assert torch.equal(counts == 1, ratio < median) and int((counts == 1).sum()) == 500
 
 
 @pytest.mark.parametrize("temperature", [4.0, 1.0, 0.1, 0.01])

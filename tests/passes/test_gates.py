@@ -173,7 +173,7 @@ def test_a_broken_gate_is_refused_by_name(outputs: dict[str, Path], tmp_path: Pa
         ("kind", "mask_ruter", "did you mean 'mask_router'"),
         ("width", 5, "mask_router.*uint8"),
         ("slots", 1, "slots"),
-        ("thresholds", [1.0], "thresholds"),
+        ("threshold", 1.0, "threshold"),
     ):
         config["quantization_config"]["gates"][name] = gate | {key: value}
         (broken / "config.json").write_text(json.dumps(config))
@@ -238,11 +238,11 @@ def test_a_stored_layer_keeps_its_gate(source: Path, tmp_path: Path) -> None:
 
     original = open_model(source).read_layer(1)
     tensors = mask_router(64, 4, 8, 0.9, torch.Generator().manual_seed(0))
-    gate = Gate("mask_router", True, tensors, protect=0.1)
+    gate = Gate("mask_router", True, tensors, threshold=0.25, protect=0.1)
     save_layer(tmp_path / "layer.safetensors", original, replace(original, gate=gate))
     found = load_layer(tmp_path / "layer.safetensors", original)
     assert found is not None and found.gate is not None
-    assert (found.gate.kind, found.gate.renormalise, found.gate.protect) == ("mask_router", True, 0.1)
+    assert replace(found.gate, tensors={}) == replace(gate, tensors={})
     assert found.gate.tensors.keys() == tensors.keys()
     assert all(torch.equal(value, tensors[name]) for name, value in found.gate.tensors.items())
 
