@@ -17,6 +17,7 @@ from moecompress_kernels.cpu_table import kind_of, make_table, padded_bias
 from moecompress_kernels.layer import Layer
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = tuple(_DTYPES)
 _MOST_SUMMED = 65536  # columns: 255 * 128 times as much is below 2^31
 _ERRORS = {1: "an expert id is not in 0..{experts}", 2: "out of memory", 3: "an argument the library does not take"}
 

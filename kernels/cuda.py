@@ -16,7 +16,7 @@ from moecompress_kernels import cuda_table as table
 from moecompress_kernels.cuda_build import BuildError, architecture_of, cached_cuda
 from moecompress_kernels.layer import Layer
 
-DTYPES = {torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.bfloat16: 2, torch.float16: 3}  # of inputs; how the library calls them
 _BIAS_KINDS = {**DTYPES, torch.float32: 4}
 DECODE_TOKENS = 16  # up to here the decode pair, which reads each chosen expert once per eight tokens
 _DECODE_SLOTS = 32

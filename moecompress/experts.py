@@ -156,7 +156,7 @@ class PackedExperts(Packed, Experts):
                 bias = getattr(original, f"{name}_bias")
                 made.register_parameter(f"{name}_bias", _frozen(bias.new_empty(number, *bias.shape[1:])))
         made.layouts = tuple(layouts)
-        made.start_packed()
+        made.start_packed(getattr(original, next(iter(_projections(made)))).dtype)
         for k, (layout, count) in enumerate(zip(layouts, counts, strict=True)):
             made.register_parameter(f"rec{k}", _frozen(torch.empty(count, layout.row_bytes, dtype=torch.uint8)))
         made.slot_map = _frozen(torch.empty(number, 2, dtype=torch.int32))
@@ -248,8 +248,8 @@ class PackedLinear(Packed):
             found = f"its record holds {list(stored)}"
             raise CheckpointError(message(where, found, f"{list(shape)} (config.json)"))
         self.out_features, self.in_features, self.layouts = *shape, (layout,)
-        self.start_packed()
         self.dtype = original.weight.dtype
+        self.start_packed(self.dtype)
         self.rec0 = _frozen(torch.empty(1, layout.row_bytes, dtype=torch.uint8))
         self.guard = _frozen(torch.empty(1, dtype=torch.uint8))
         self.bias = original.bias

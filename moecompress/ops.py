@@ -25,14 +25,17 @@ from moecompress_kernels.layer import Activation, Layer, Matrix, Record, Values,
 
 __all__ = ["Activation", "Layer"]  # the words of a description, for who makes one
 
-ORDER = ("cuda", "cpu")  # modules of moecompress_kernels by preference; torch comes after them
+ORDER = ("cuda", "triton", "cpu")  # modules of moecompress_kernels by preference; torch comes after them
 TORCH = "torch"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Dtypes = tuple[torch.dtype, ...]
+DTYPES: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
 _BITS_OF: dict[str, int] = {"none": 0, "int4": 4, "int8": 8}
 
 
 class Backend(Protocol):
     """What a backend offers; kernels/README.md says more. Tensors of a handle are on the device of the weights."""
+
+    DTYPES: Dtypes  # of inputs that it takes
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None. May build; never raises."""
@@ -66,15 +69,21 @@ class Choice:
     refused: tuple[tuple[str, str], ...] = ()
 
 
-def choose(layer: Layer, device: torch.device) -> Choice:
-    """The first backend that can run this layer with weights on `device`."""
+def choose(layer: Layer, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
+    """The first backend that can run this layer with weights on `device` and inputs of `dtype` (None: any it takes)."""
     refused: list[tuple[str, str]] = []
     for name in ORDER:
-        reason = unavailable(name) or backend(name).unfit(layer, device)
+        reason = unavailable(name) or backend(name).unfit(layer, device) or untaken(name, dtype)
         if reason is None:
             return Choice(name, tuple(refused))
         refused.append((name, reason))
     return Choice(TORCH, tuple(refused))
+
+
+def untaken(name: str, dtype: torch.dtype | None) -> str | None:
+    """Why this backend cannot run inputs of `dtype`, or None."""
+    found, *taken = (str(one).removeprefix("torch.") for one in (dtype, *backend(name).DTYPES))
+    return None if dtype is None or found in taken else f"inputs are {found}; it takes {' and '.join(taken)}"
 
 
 @cache
@@ -180,6 +189,8 @@ def activate(activation: Activation, projected: Tensor) -> Tensor:
 class TorchReference:
     """The operators in plain PyTorch, one expert expanded at a time. Handle: slot map, records, biases."""
 
+    DTYPES = DTYPES
+
     def unavailable(self) -> str | None:
         return None
 
@@ -231,8 +242,8 @@ def _layout(record: Record, names: tuple[str, ...]) -> RecordLayout:
     for name, m in zip(names, record.matrices, strict=True):
         zero = m.values if m.values in ("int", "float") else "none"
         group = -1 if m.group == m.columns else m.group
-        inputs = (words[m.rounding], m.clip)
-        scheme = Scheme(m.bits, group, zero == "none", zero, m.values == "binary", *inputs)  # type: ignore[arg-type]
+        inputs = (m.values == "binary", words[m.rounding], m.clip)
+        scheme = Scheme(m.bits, group, zero == "none", zero, *inputs)  # type: ignore[arg-type]
         rows.append((name, (m.rows, m.columns), scheme, getattr(torch, m.dtype)))
     return plan_record(rows)
 

@@ -25,12 +25,15 @@ class Packed(nn.Module):
     """
 
     layouts: tuple[RecordLayout, ...]
+    expected: torch.dtype
     choice: Choice | None
     handle: list[Tensor]
     layer: Layer | None
     text: str  # of the layer, which is how operators take it
 
-    def start_packed(self) -> None:
+    def start_packed(self, dtype: torch.dtype) -> None:
+        """dtype: of the model, which inputs are expected to have."""
+        self.expected = dtype
         self.choice, self.handle, self.layer, self.text = None, [], None, ""
         self.register_state_dict_pre_hook(_restore)
         self.register_load_state_dict_pre_hook(_restore)
@@ -53,7 +56,7 @@ class Packed(nn.Module):
 
     @torch.no_grad()
     def prepare(self) -> Choice:
-        """Choose a backend and give it the records. Once; again after `restore`."""
+        """Choose a backend for inputs of the expected dtype and give it the records. Once; again after `restore`."""
         if self.choice is not None:
             return self.choice
         records = [getattr(self, f"rec{k}") for k in range(len(self.layouts))]
@@ -62,7 +65,7 @@ class Packed(nn.Module):
         if isinstance(described, str):
             self.choice = Choice(TORCH, tuple((name, described) for name in ops.ORDER))
             return self.choice
-        self.choice, self.layer = ops.choose(described, records[0].device), described
+        self.choice, self.layer = ops.choose(described, records[0].device, self.expected), described
         self.text = described.text
         if self.choice.backend != TORCH:
             values = [records[k].data for k in kept]
@@ -99,18 +102,27 @@ class Packed(nn.Module):
         return getattr(self, f"rec{k}")[row]  # type: ignore[no-any-return]
 
     def compiled(self, inputs: Tensor) -> bool:
-        """Whether a backend other than torch runs this call; prepares at the first one."""
+        """Whether a backend other than torch runs this call; prepares at the first one.
+
+        Inputs of a dtype that the chosen backend does not take make it give its weights to the best that does.
+        """
         if getattr(getattr(self, "_hf_hook", None), "offload", False):
             return False  # its weights come and go with every call
+        if inputs.dtype not in ops.DTYPES or (torch.is_grad_enabled() and inputs.requires_grad):
+            return False
+        if self.choice is not None and ops.untaken(self.choice.backend, inputs.dtype):
+            self.restore()
         if self.choice is None:
+            self.expected = inputs.dtype
             self.prepare()
-        return (
-            bool(self.handle) and inputs.dtype in ops.DTYPES and not (torch.is_grad_enabled() and inputs.requires_grad)
-        )
+        return bool(self.handle)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        if self.handle and fn(self.handle[0].new_empty(0)).device != self.handle[0].device:
-            self.restore()  # to move records; a change of dtype does not concern them
+        before = torch.empty(0, dtype=self.expected, device=self.handle[0].device if self.handle else None)
+        after = fn(before)
+        if (self.handle and after.device != before.device) or after.dtype != before.dtype:
+            self.restore()  # to move records, or to choose for inputs of another dtype
+        self.expected = after.dtype
         return super()._apply(fn, recurse)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 # Before torch and the Hugging Face libraries are imported; inherited by processes that tests start.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on CPU tensors; read when triton is imported
 
 import pytest
 from hypothesis import settings

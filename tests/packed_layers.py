@@ -13,6 +13,14 @@ from moecompress.checkpoint.native import encode, encode_linear, linear_layout, 
 from moecompress.types import ExpertWeights, QuantizedTensor, Scheme, Weight
 
 SILU = ops.Activation("silu")
+MIXED = [  # (gate_up, down) of experts: every width, kind of zero point and of group
+    (Scheme(4, 32), Scheme(4, 96)),
+    (Scheme(3, 64), Scheme(3, 32)),
+    (Scheme(2, 128), Scheme(8, -1)),
+    (Scheme(1, -1, binary=True), Scheme(4, 32, False, "int")),
+    (Scheme(8, 32), Scheme(3, 32, False, "float")),
+    (Scheme(4, 128), Scheme(1, 32, False, "int")),
+]
 
 
 def generator(seed: int) -> torch.Generator:

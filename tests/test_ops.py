@@ -94,7 +94,7 @@ def test_graphs_know_the_shapes() -> None:
         ({"ids": torch.full((4, 1), 4)}, r"0\.\.3"),
         ({"ids": torch.full((4, 1), -1)}, r"0\.\.3"),
         ({"weights": torch.ones(4, 2)}, r"weights \[4, 2\]"),
-        ({"name": "rocm"}, "cuda, cpu, torch"),
+        ({"name": "rocm"}, "cuda, triton, cpu, torch"),
     ],
 )
 def test_wrong_arguments_are_errors(change: dict[str, Any], words: str) -> None:
@@ -110,6 +110,18 @@ def test_wrong_arguments_are_errors(change: dict[str, Any], words: str) -> None:
     assert ops.moe_mlp(**good).shape == (4, HIDDEN)
     with pytest.raises(ValueError, match=words):
         ops.moe_mlp(**(good | change))
+
+
+def test_inputs_that_a_backend_does_not_take_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 is not for the compiled CUDA kernels; with any other inputs, or any at all, they are the first choice."""
+    layer, _, _ = reference_layer(ops.Activation("silu"))
+    monkeypatch.setattr(ops, "unavailable", lambda name: None if name == "cuda" else "for a test")
+    monkeypatch.setattr(ops.backend("cuda"), "unfit", lambda layer, device: None)
+    device = torch.device("cuda")
+    assert ops.choose(layer, device, torch.bfloat16) == ops.choose(layer, device) == ops.Choice("cuda")
+    choice = ops.choose(layer, device, torch.float32)
+    assert choice.backend == "torch"
+    assert choice.refused[0] == ("cuda", "inputs are float32; it takes bfloat16 and float16")
 
 
 def test_every_refusal_has_a_reason() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_layers import Packed, error, experts, linear, oracle, routing, values, weight
+from packed_layers import MIXED, Packed, error, experts, linear, oracle, routing, values, weight
 from torch import Tensor
 
 from moecompress import ops
@@ -16,14 +16,6 @@ DTYPES = [BF16, FP16]
 DECODE = {BF16: 3e-3, FP16: 4e-4}  # relative error of results rounded to this dtype
 PREFILL = {BF16: 5e-3, FP16: 6e-4}  # weights and each slot's result are rounded to it as well
 W4 = (Scheme(4, 32), Scheme(4, 32))
-MIXED = [
-    (Scheme(4, 32), Scheme(4, 96)),
-    (Scheme(3, 64), Scheme(3, 32)),
-    (Scheme(2, 128), Scheme(8, -1)),
-    (Scheme(1, -1, binary=True), Scheme(4, 32, False, "int")),
-    (Scheme(8, 32), Scheme(3, 32, False, "float")),
-    (Scheme(4, 128), Scheme(1, 32, False, "int")),
-]
 
 
 class Place:

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_layers import Packed, error, experts, oracle, routing
+from packed_layers import MIXED, Packed, error, experts, oracle, routing
 from torch import Tensor
 
-from moecompress.types import Scheme
 from moecompress_kernels import cuda
 
 BF16 = torch.bfloat16
-MIXED = [
-    (Scheme(4, 32), Scheme(4, 96)),
-    (Scheme(3, 64), Scheme(3, 32)),
-    (Scheme(2, 128), Scheme(8, -1)),
-    (Scheme(1, -1, binary=True), Scheme(4, 32, False, "int")),
-    (Scheme(8, 32), Scheme(3, 32, False, "float")),
-]
 
 
 def run(packed: Packed, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
