@@ -150,3 +150,10 @@ def super_expert(source: Path, target: Path, layer: int, expert: int, neuron: in
     tensors[_expert(layer, expert, "up_proj")][neuron] *= factor
     tensors[_expert(layer, expert, "down_proj")][:, neuron] /= factor
     return _copy(source, target, tensors)
+
+
+def scaled_expert(source: Path, target: Path, layer: int, expert: int, factor: float) -> Path:
+    """One expert whose outputs are `factor` times as large."""
+    tensors = load_file(source / "model.safetensors")
+    tensors[_expert(layer, expert, "down_proj")] *= factor
+    return _copy(source, target, tensors)

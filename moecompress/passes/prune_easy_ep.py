@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +17,8 @@ from moecompress.stats.base import Statistic
 from moecompress.stats.experts import TokenContributions
 from moecompress.types import ModelFacts
 
+Evidence = Mapping[str, Mapping[str, Tensor]]
+
 
 class PruneEasyEP(Pruning):
     """Sum over tokens of routing weight x output norm x s_t (2504.06792), s_t = 1 - cos(x_t, x_t + routed output).
@@ -24,7 +28,8 @@ class PruneEasyEP(Pruning):
     little loss, and other domains are lost.
 
     calibration: the names of several sets, one per domain, mix them: each domain's scores are divided by their sum in
-    the layer and averaged, so that every domain counts alike, however long its demonstrations are.
+    the layer and averaged, so that every domain counts alike, however long its demonstrations are. A super expert of
+    any of them stays.
     """
 
     name: ClassVar[str] = "prune.easy_ep"
@@ -46,12 +51,24 @@ class PruneEasyEP(Pruning):
             problems.append("experts work on a projection of the residual stream; use prune.reap")
         return problems
 
-    def scores(self, context: LayerContext) -> Tensor:
-        first = context.statistics["token_contributions"]["score"]
+    def _ranking(self, context: LayerContext) -> dict[str, Tensor]:
         if not isinstance(self.calibration, tuple):
-            return first
-        wanted, weights = [TokenContributions()], context.weights
-        others = [context.collect(wanted, weights, name)["token_contributions"] for name in self.calibration[1:]]
-        found = [first, *(other["score"] for other in others)]
+            return super()._ranking(context)
+        others = [context.collect(self.needs(), context.weights, name) for name in self.calibration[1:]]
+        return super()._ranking(replace(context, statistics=_mixed([context.statistics, *others])))
+
+    def scores(self, context: LayerContext) -> Tensor:
+        return context.statistics["token_contributions"]["score"]
+
+
+def _mixed(domains: Sequence[Evidence]) -> Evidence:
+    """Statistics of several domains as of one: shares of the layer's scores and probabilities, largest outputs."""
+
+    def share(name: str, key: str) -> Tensor:
+        parts = [domain[name][key].double() for domain in domains]
         tiny = torch.finfo(torch.float64).tiny
-        return torch.stack([score / score.sum().clamp_min(tiny) for score in found]).mean(0)
+        return torch.stack([part / part.sum().clamp_min(tiny) for part in parts]).mean(0)
+
+    largest = torch.stack([domain["expert_activity"]["max_output"] for domain in domains]).amax(0)
+    activity = {"max_output": largest, "probability": share("expert_activity", "probability")}
+    return {"token_contributions": {"score": share("token_contributions", "score")}, "expert_activity": activity}

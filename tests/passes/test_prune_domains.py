@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import engine
+import planted
 import pytest
 import torch
+from layers import at_layer
 from pruned import execute
 from safetensors.torch import save_file
+
+from moecompress.stats.routing import RoutingCounts
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +51,23 @@ def test_domains_are_normed_and_averaged(counts: str, tmp_path: Path, bench_a: P
     mixed = importance(execute(tmp_path / "mixed", bench_a, [{"prune.easy_ep": both}], calibration=known))
     wanted = sum(score / score.sum(1, keepdim=True) for score in alone) / 2
     torch.testing.assert_close(mixed, torch.as_tensor(wanted))
+
+
+def test_a_super_expert_of_one_domain_stays(tmp_path: Path, bench_a: Path) -> None:
+    """An expert that only the second domain sends over the bar is kept whatever the mean says, and told."""
+    few, many = engine.random_ids(1, 8, 0, vocabulary=100), engine.random_ids(4, 32, 1, vocabulary=4000)
+    known = sets(tmp_path, few=few, many=many)
+    few_use, many_use = (
+        at_layer(bench_a, ids, tmp_path / name, 2).collect((RoutingCounts(),))["routing_counts"]["tokens"]
+        for name, ids in (("a", few), ("b", many))
+    )
+    unseen = int(((few_use == 0) & (many_use > 0)).nonzero()[0])
+    source = planted.scaled_expert(bench_a, tmp_path / "planted", 2, unseen, 200.0)
+    step = {"keep": 0.5, "calibration": ["few", "many"]}
+    out = execute(tmp_path / "both", source, [{"prune.easy_ep": step}], calibration=known)
+    row = engine.read_json(out / "moecompress" / "report.json")["layers"][2]["experts"][unseen]
+    assert row["protected"] == "super expert"
+    assert f"| 2 | {unseen} (super expert)" in (out / "moecompress" / "report.md").read_text()
 
 
 def test_names_of_sets_are_checked(tmp_path: Path, bench_a: Path) -> None:
