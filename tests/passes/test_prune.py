@@ -91,6 +91,23 @@ def test_scores_are_their_formulas() -> None:
         assert step.decide(context(known)).data["kept"] == sorted(scores.argsort(descending=True)[:6].tolist())
 
 
+def test_a_rare_specialist_is_kept_by_the_mean_and_lost_by_the_count() -> None:
+    known = statistics()
+    powers = known["expert_activity"]["powers"]
+    powers[:, 0, 0], powers[:, 1, 1] = 40.0, 20.0
+    powers[5, 0, 0], powers[5, 1, 1] = 2.0, 19.0  # two tokens, to which it matters more than anybody
+    assert 5 in PruneREAP(keep=2).decide(context(known)).data["kept"]
+    assert 5 not in PruneFrequency(keep=7).decide(context(known)).data["kept"]
+
+
+@pytest.mark.parametrize("step", [method(keep=0.5) for method in METHODS])
+def test_seeing_all_tokens_twice_changes_no_choice(step: Any) -> None:
+    known = statistics()
+    twice = {name: {key: 2 * value for key, value in part.items()} for name, part in known.items()}
+    twice["expert_activity"]["max_output"] = known["expert_activity"]["max_output"]
+    assert step.decide(context(twice)).data["kept"] == step.decide(context(known)).data["kept"]
+
+
 def test_ties_go_to_the_likelier_and_then_to_the_first() -> None:
     known = statistics()
     known["expert_activity"]["powers"][:] = 0
