@@ -86,7 +86,7 @@ def save_layer(path: Path, original: LayerWeights, weights: LayerWeights) -> Non
     save_tensors(path, tensors)
     data = {"schemes": schemes, "experts": len(weights.experts), "kept": kept, "sources": weights.sources}
     data["turns"] = turns
-    data["slots"] = weights.slots
+    data["slots"], data["merged"] = weights.slots, weights.merged
     data["gate"] = None if gate is None else [gate.kind, gate.renormalise, gate.count, gate.threshold, gate.protect]
     atomic_write(path.with_suffix(".json"), json.dumps(data, sort_keys=True) + "\n")
 
@@ -126,9 +126,10 @@ def load_layer(path: Path, original: LayerWeights) -> LayerWeights | None:
         for index in range(data["experts"])
     )
     slots = None if data["slots"] is None else tuple(data["slots"])
+    merged = None if data["merged"] is None else tuple(map(tuple, data["merged"]))
     changed_layer = original.with_tensors(changed)
     gate = _gate(data["gate"], tensors)
-    return replace(changed_layer, experts=experts, sources=sources, slots=slots, gate=gate)
+    return replace(changed_layer, experts=experts, sources=sources, slots=slots, gate=gate, merged=merged)
 
 
 def _gate(values: Any, tensors: Mapping[str, Tensor]) -> Gate | None:

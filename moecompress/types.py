@@ -150,7 +150,8 @@ class LayerWeights:
 
     tensors: e.g. `self_attn.q_proj.weight`, `mlp.gate.weight`, `input_layernorm.weight`; parameters and persistent
     buffers. experts: empty for a layer without routed experts. sources: for every expert its number in the checkpoint;
-    None = all of them, in order. slots: where experts are shared, for every id that the router gives the place in
+    None = all of them, in order. merged: for every expert the numbers of all that were merged into it, its own among
+    them; None = each is itself alone. slots: where experts are shared, for every id that the router gives the place in
     `experts` of the one that serves it; None = the ids are those places. gate: leaves out some of a token's experts;
     None = never.
     """
@@ -161,6 +162,7 @@ class LayerWeights:
     sources: tuple[int, ...] | None = None
     slots: tuple[int, ...] | None = None
     gate: Gate | None = None
+    merged: tuple[tuple[int, ...], ...] | None = None
 
     def with_tensors(self, changed: Mapping[str, Weight]) -> LayerWeights:
         unknown = sorted(set(changed) - set(self.tensors))
@@ -201,6 +203,7 @@ class MoESite:
     top_groups: int = 1
     extra_rows: int = 0  # rows of the router after those of the routed experts (inkling: gates of shared experts)
     shared_ids: int | None = None  # ids that the router gives, where several of them share an expert
+    merged: bool = False  # experts stand for several of the source's, each under one id
 
     @property
     def choices(self) -> int:

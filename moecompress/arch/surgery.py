@@ -47,7 +47,13 @@ def keep_experts(layer: LayerFacts, weights: LayerWeights, kept: Sequence[int]) 
         changed[name] = value.index_select(dim, torch.tensor([*kept, *after]))
     sources = tuple(weights.source_ids[i] for i in kept)
     experts = tuple(weights.experts[i] for i in kept)
-    return replace(weights.with_tensors(changed), experts=experts, sources=sources)
+    merged = None if weights.merged is None else tuple(weights.merged[i] for i in kept)
+    return replace(weights.with_tensors(changed), experts=experts, sources=sources, merged=merged)
+
+
+def stands_for(weights: LayerWeights) -> tuple[tuple[int, ...], ...]:
+    """For every expert the numbers in the checkpoint of those that it stands for."""
+    return tuple((number,) for number in weights.source_ids) if weights.merged is None else weights.merged
 
 
 def padding_problem(facts: ModelFacts, layer: LayerFacts) -> str | None:

@@ -6,11 +6,15 @@ experts (2508.01625) is a sum of squares per row, so its minimum needs no descen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moecompress.types import Scoring
+
+Clusters = Sequence[Sequence[int]]
 
 
 def routing_probabilities(logits: Tensor, scoring: Scoring) -> Tensor:
@@ -27,10 +31,41 @@ def routing_probabilities(logits: Tensor, scoring: Scoring) -> Tensor:
     return positive / positive.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def routing_divergence(original: Tensor, compressed: Tensor, scoring: Scoring) -> float:
-    """Mean KL(original || compressed) in nats over the tokens of two router outputs [n, E]."""
-    p, q = (routing_probabilities(logits, scoring).clamp_min(1e-30) for logits in (original, compressed))
+def routing_divergence(
+    original: Tensor, compressed: Tensor, scoring: Scoring, clusters: Clusters | None = None
+) -> float:
+    """Mean KL(original || compressed) in nats over the tokens of two router outputs, [n, E] and [n, C].
+
+    clusters: for each of the C the experts of the original that it stands for, whose shares among all of these add up;
+    None = the same experts.
+    """
+    p, q = routing_probabilities(original, scoring), routing_probabilities(compressed, scoring)
+    if clusters is not None:
+        members = [member for cluster in clusters for member in cluster]
+        places = torch.tensor([place for place, cluster in enumerate(clusters) for _ in cluster])
+        shares = routing_probabilities(original[:, members], scoring)
+        p = torch.zeros_like(q).index_add_(1, places, shares)
+    p, q = p.clamp_min(1e-30), q.clamp_min(1e-30)
     return float((p * (p.log() - q.log())).sum(-1).mean())
+
+
+def merged_outputs(outputs: Tensor, clusters: Clusters) -> Tensor:
+    """Outputs [n, R] of a softmax router -> [n, C]: logsumexp over every cluster's members.
+
+    So a cluster gets its members' probability in sum. What that adds to all outputs of a token alike is taken off, as a
+    softmax does not see it: experts alone keep their outputs, and so do pairs of equal ones.
+    """
+    sums = [outputs[:, list(c)].logsumexp(1) if len(c) > 1 else outputs[:, c[0]] for c in clusters]
+    added = [total - outputs[:, list(c)].mean(1) for total, c in zip(sums, clusters, strict=True)]
+    return torch.stack(sums, 1) - torch.stack(added, 1).mean(1, keepdim=True)
+
+
+def distinct(ids: Tensor) -> Tensor:
+    """Choices [n, K] with -1 for what a row names a second time, in ascending order."""
+    found = ids.sort(1).values
+    again = torch.zeros_like(found, dtype=torch.bool)
+    again[:, 1:] = found[:, 1:] == found[:, :-1]
+    return found.masked_fill(again, -1)
 
 
 def set_agreement(first: Tensor, second: Tensor) -> float:

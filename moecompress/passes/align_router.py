@@ -50,8 +50,10 @@ class AlignRouter(Pass):
     instead of by descent. `kl_clip` stores the router in 8-bit codes with EAQuant's clipping (2506.13329), by wish with
     its inputs rounded as well while the model runs (EAQuant's W8A8), and searched with rounded inputs. Outputs are
     matched before any scoring, so softmax, sigmoid and softplus routers, groups, normalisation and correction biases
-    stay what they are. A layer keeps its router (kl_clip: clips nothing) unless the new one, as it will be stored, has
-    the smaller KL to the original one on tokens that were not learned from.
+    stay what they are. Where experts are gone, those of the others are matched: the original's choice without them.
+    Where experts were merged by a softmax router, the logsumexp of theirs: the probability of all of them. A layer
+    keeps its router (kl_clip: clips nothing) unless the new one, as it will be stored, has the smaller KL to the
+    original one on tokens that were not learned from.
 
     Through the whole model, after a sweep of its own: `lm_ce` trains all routers on the calibration text (GEMQ,
     2605.23078), `kl_logits` on the original model's predictions (router distillation, 2603.02217). Kept is the best of
@@ -112,6 +114,13 @@ class AlignRouter(Pass):
     def check(self, facts: ModelFacts) -> list[str]:
         if any(layer.site is not None and layer.site.shared_ids is not None for layer in facts.moe_layers):
             return ["ids of the router share experts (router: expert_map): its place is before the merge"]
+        merged = [layer.site for layer in facts.moe_layers if layer.site is not None and layer.site.merged]
+        if self.method not in _END_TO_END and merged and (facts.scoring != "softmax" or merged[0].extra_rows):
+            kind = "rows of shared experts beside theirs" if facts.scoring == "softmax" else f"{facts.scoring} scoring"
+            return [
+                f"method {self.method}: experts are merged, and with {kind} no output stands for several of them "
+                "(works: lm_ce, kl_logits; or put align.router before the merge)"
+            ]
         without = [layer.index for layer in facts.moe_layers if router_matrix(layer) is None]
         problems = [f"layers {without} have no single matrix between hidden state and experts"] if without else []
         renormalised = facts.config.get("norm_topk_prob", True) is not False

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from moecompress.arch.surgery import keep_experts
+from moecompress.arch.surgery import keep_experts, stands_for
 from moecompress.errors import UnsupportedModel, message
 from moecompress.numerics.clustering import cosine_from_gram
 from moecompress.numerics.merging import average, shares
@@ -121,10 +121,20 @@ class Merging(Shrinking):
             sources = tuple(weights.source_ids[head] for head in data["kept"])
             slots = tuple(place[expert] for expert in range(site.num_experts))
             return replace(weights, experts=merged, sources=sources, slots=slots)
-        made = keep_experts(context.layer, weights, data["kept"]).with_experts(merged)
+        known = stands_for(weights)
+        theirs = (sorted(number for i in clusters[head] for number in known[i]) for head in data["kept"])
+        made = replace(
+            keep_experts(context.layer, weights, data["kept"]), experts=merged, merged=tuple(map(tuple, theirs))
+        )
         if self.router == "mean":
             made = made.with_tensors(_mean_rows(context.layer, weights, clusters, data))
         return made
+
+    def _reshaped(self, layer: LayerFacts, count: int) -> LayerFacts:
+        made = super()._reshaped(layer, count)
+        if made is layer or made.site is None or self.sharing:
+            return made
+        return replace(made, site=replace(made.site, merged=True))
 
     def _merged(
         self, site: MoESite, weights: LayerWeights, head: int, members: Sequence[int], shares_: Sequence[float]

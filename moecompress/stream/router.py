@@ -1,7 +1,8 @@
 """The router of one layer beside the original model's: what it reads, what it should make of it, how far off it is.
 
 The original router's outputs come from the original weights on the original stream, so they are the same targets
-whatever exact transforms (scales in norms, rotations) or roundings earlier passes put into the compressed model.
+whatever exact transforms (scales in norms, rotations) or roundings earlier passes put into the compressed model. Those
+of merged experts are one target together.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moecompress.arch.sites import router_matrix
+from moecompress.arch.surgery import stands_for
 from moecompress.errors import CalibrationError, UnsupportedModel, message
 from moecompress.experts import Experts, materialise
-from moecompress.numerics.routing import routing_divergence, set_agreement
+from moecompress.numerics.routing import distinct, merged_outputs, routing_divergence, set_agreement
 from moecompress.stats.base import RouterObservation, Statistic
 from moecompress.stream.collect import BatchWatch, Collector, Recorded
 from moecompress.stream.hidden import HiddenStore
@@ -86,7 +88,7 @@ class RouterView:
         self._site, (self.weight, self.bias) = facts.site, found
         self.outputs = facts.shapes[self.weight][0]
         self.columns = facts.shapes[self.weight][1] + (self.bias is not None)
-        self._sources = _sources(model, weights)
+        self._clusters = _clusters(model, weights)
         empty = (ExpertWeights(torch.empty(0), torch.empty(0)),) * self._source_experts  # they never run
         stored = model.read_tensors(weights.index, check=False)
         self._dtypes = {name: value.dtype for name, value in stored.items() if isinstance(value, Tensor)}
@@ -140,12 +142,12 @@ class RouterView:
             shape = (*self._run.tokens.ids.shape, self.outputs + self._site.top_k)
             store = HiddenStore(self._run.folder / f"{self._run.tokens.name}.router.f32", shape)
             store.create()
-            matrix, columns, places = self._matrix(self._source), self._kept_rows(), self._places()
+            matrix, places = self._matrix(self._source), self._places()
             logs: list[tuple[Tensor, Tensor]] = []
             judging = torch.tensor(self.judge)
 
             def see(call: RouterCall) -> None:
-                outputs = (self._extended(call.inputs) @ matrix.t())[:, columns]
+                outputs = self._aggregated(self._extended(call.inputs) @ matrix.t())
                 made = torch.cat([outputs, places[call.ids].float()], 1)
                 for sequence, rows in zip(*_sequences(call.rows, made, shape[1]), strict=True):
                     store.write(sequence, rows[None])
@@ -161,15 +163,16 @@ class RouterView:
         self._visit(weights, stream, self.judge, lambda call: logs.append((call.logits.float(), call.ids)))
         return _joined(logs)
 
-    def _kept_rows(self) -> list[int]:
-        """Rows of the source's matrix that are still there; rows behind the experts' (shared experts) always are."""
-        rows = self._source.tensors[self.weight].shape[0]
-        return [*self._sources, *range(self._source_experts, rows)]
+    def _aggregated(self, outputs: Tensor) -> Tensor:
+        """Outputs of the source's matrix -> what the present one should give; rows behind the experts' (shared experts)
+        stay."""
+        return torch.cat([merged_outputs(outputs, self._clusters), outputs[:, self._source_experts :]], 1)
 
     def _places(self) -> Tensor:
         """Expert of the source (and the id of a skipped slot) -> its place among the present ones, else `outputs`."""
         places = torch.full((self._source_experts + 1,), self.outputs)
-        places[list(self._sources)] = torch.arange(len(self._sources))
+        for place, cluster in enumerate(self._clusters):
+            places[list(cluster)] = place
         return places
 
     def _matrix(self, weights: LayerWeights) -> Tensor:
@@ -228,24 +231,28 @@ def _compared(
     """Router logs (first output, choice) of the same tokens, the second with the experts of `weights`."""
     site = model.facts.layers[weights.index].site
     assert site is not None
-    sources = _sources(model, weights)
-    chosen = torch.tensor([*sources, -1])[found[1]]
-    kl = routing_divergence(original[0][:, list(sources)], found[0], model.facts.scoring)
-    return RouterScore(kl, set_agreement(original[1], chosen))
+    clusters = _clusters(model, weights)
+    heads = torch.arange(site.num_experts + 1)
+    for cluster in clusters:
+        heads[list(cluster)] = cluster[0]
+    heads[-1] = -1
+    chosen = torch.tensor([*(cluster[0] for cluster in clusters), -1])[found[1]]
+    kl = routing_divergence(original[0], found[0], model.facts.scoring, clusters)
+    return RouterScore(kl, set_agreement(distinct(heads[original[1]]), chosen))
 
 
-def _sources(model: StreamModel, weights: LayerWeights) -> tuple[int, ...]:
-    """For every id that the layer's router gives, its number in the checkpoint.
+def _clusters(model: StreamModel, weights: LayerWeights) -> tuple[tuple[int, ...], ...]:
+    """For every id that the layer's router gives, the numbers in the checkpoint of the experts that it stands for.
 
     Raises UnsupportedModel where several of fewer ids share an expert: nothing says which ones they were.
     """
     site = model.facts.layers[weights.index].site
     if weights.slots is None:
-        return weights.source_ids
+        return stands_for(weights)
     if site is None or weights.choices != site.num_experts:
         found = f"{weights.choices} of the router's ids share {len(weights.experts)} experts"
         raise UnsupportedModel(message(f"layer {weights.index} router", found, then="align before merging"))
-    return tuple(range(site.num_experts))
+    return tuple((number,) for number in range(site.num_experts))
 
 
 class _Visit(Collector):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moecompress.numerics.routing import leading, ridge, routing_divergence, routing_probabilities, set_agreement
+from moecompress.numerics.routing import (
+    distinct,
+    leading,
+    merged_outputs,
+    ridge,
+    routing_divergence,
+    routing_probabilities,
+    set_agreement,
+)
 
 N, C, R = 60, 12, 5
 
@@ -96,6 +105,49 @@ def test_distributions_and_their_divergence(scoring: Any) -> None:
     wanted = float(F.kl_div(q.log(), p, reduction="batchmean"))
     assert routing_divergence(logits, other, scoring) == pytest.approx(wanted, rel=1e-9) and wanted > 0
     assert routing_divergence(logits, logits, scoring) == 0.0
+
+
+CLUSTERS = ((0, 3), (1,), (2, 4, 5))  # 6 and what follows are gone
+
+
+def test_a_merged_expert_gets_the_probability_of_all_its_members() -> None:
+    y = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    made = merged_outputs(y, CLUSTERS).softmax(1)
+    kept = y[:, [0, 3, 1, 2, 4, 5]].softmax(1)
+    for place, columns in enumerate(((0, 1), (2,), (3, 4, 5))):
+        torch.testing.assert_close(made[:, place], kept[:, list(columns)].sum(1), rtol=1e-12, atol=1e-12)
+    alone = merged_outputs(y, ((4,), (0,)))
+    assert torch.equal(alone, y[:, [4, 0]])
+
+
+def test_pairs_of_equal_outputs_merge_into_that_output() -> None:
+    y = torch.randn(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(merged_outputs(y.repeat(1, 2), ((0, 3), (1, 4), (2, 5))), y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scoring", RULES)
+def test_divergence_of_merged_experts_by_loops(scoring: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
+    y, z = (torch.randn(20, n, generator=generator, dtype=torch.float64) for n in (8, 3))
+    if scoring == "probabilities":
+        y, z = y.abs(), z.abs()
+    total = 0.0
+    for row, other in zip(y, z, strict=True):
+        raw, made = RULES[scoring](row), RULES[scoring](other)
+        shares = [sum(float(raw[i]) for i in cluster) for cluster in CLUSTERS]
+        p, q = ([v / sum(values) for v in values] for values in (shares, made.tolist()))
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert routing_divergence(y, z, scoring, CLUSTERS) == pytest.approx(total / 20, rel=1e-9)
+    if scoring == "softmax":
+        assert abs(routing_divergence(y, merged_outputs(y, CLUSTERS), scoring, CLUSTERS)) < 1e-12
+    apart = tuple((i,) for i in (5, 1, 3))
+    assert routing_divergence(y, z, scoring, apart) == pytest.approx(routing_divergence(y[:, [5, 1, 3]], z, scoring))
+
+
+def test_what_is_named_twice_counts_once() -> None:
+    found = distinct(torch.tensor([[3, 1, 3, 1], [2, 0, -1, -1]]))
+    assert [sorted(set(row) - {-1}) for row in found.tolist()] == [[1, 3], [0, 2]]
+    assert [sum(v >= 0 for v in row) for row in found.tolist()] == [2, 2]
 
 
 def test_agreement_of_sets() -> None:

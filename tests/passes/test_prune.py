@@ -358,10 +358,11 @@ def test_a_pruned_layer_can_be_kept_at_a_barrier(tmp_path: Path) -> None:
     model = open_model(families.save_tiny("qwen3_moe", tmp_path / "model"))
     original = model.read_layer(0)
     experts = tuple(original.experts[i].with_projection("down", original.experts[i].down * 2) for i in (1, 4, 7))  # type: ignore[operator]
-    weights = LayerWeights(0, original.tensors, experts, (1, 4, 7))
+    weights = LayerWeights(0, original.tensors, experts, (1, 4, 7), merged=((0, 1), (4,), (3, 7)))
     save_layer(tmp_path / "layer.safetensors", original, weights)
     found = load_layer(tmp_path / "layer.safetensors", original)
-    assert found is not None and found.sources == (1, 4, 7) and engine.same_layer(found, weights)
+    assert found is not None and found.sources == (1, 4, 7) and found.merged == weights.merged
+    assert engine.same_layer(found, weights)
     assert all(a.gate_up is original.experts[i].gate_up for a, i in zip(found.experts, (1, 4, 7), strict=True))
 
 
