@@ -83,6 +83,25 @@ def plan(
         raise RecipeError("\n".join(made.problems))
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A recipe, and the values to try for some of its keys.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The directory of all runs (instead of the file's).")
+    ] = None,
+    memory: MemoryOption = None,
+) -> None:
+    """Run a recipe with every combination of some values and compare the results. Goes on where it stopped."""
+    limit = _size(memory)
+    from moecompress.progress import open_progress
+    from moecompress.series import run_series
+
+    with open_progress(sys.stderr) as progress:
+        written = run_series(file, out, limit, progress)
+    for path in written:
+        typer.echo(path)
+
+
 @app.command("eval")
 def evaluate(
     directory: DirArgument,
@@ -115,6 +134,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: perplexity on texts, distance from a reference, tasks of lm-eval, written code."""
     from moecompress.progress import open_progress
+    from moecompress.report.text import evaluation_text
     from moecompress.stream.locate import locate_model
     from moecompress.tasknames import split_names
 
@@ -142,7 +162,7 @@ def evaluate(
             result = _merged(result, evaluate_humaneval(directory, humaneval, source, **shared))
     if activation_bits is not None:
         result["activation_bits"] = activation_bits
-    typer.echo(_json(result) if as_json else _evaluation(result))
+    typer.echo(_json(result) if as_json else evaluation_text(result))
 
 
 @app.command()
@@ -269,22 +289,3 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Both results; what both measured by task is put together."""
     inner = {key: first[key] | second[key] for key in first.keys() & second.keys() if isinstance(first[key], dict)}
     return {**first, **second, **inner}
-
-
-def _evaluation(result: dict[str, Any]) -> str:
-    from moecompress.report.text import difference, number, percent, with_error
-
-    texts, agreement = result.get("perplexity") or {}, result.get("top1_agreement") or {}
-    bits = result.get("activation_bits")
-    rows = [f"inputs      rounded to int{bits} on request; nothing is saved"] if bits else []
-    rows += [f"perplexity  {name}: {with_error(v['value'], v['stderr'])}" for name, v in texts.items()]
-    rows += [f"kl          {name}: {number(value)} nats per token" for name, value in (result.get("kl") or {}).items()]
-    rows += [f"agreement   {name}: {percent(v)} of the most likely tokens" for name, v in agreement.items()]
-    paired = result.get("tasks_paired") or {}
-    for task, metrics in (result.get("tasks") or {}).items():
-        for name, v in metrics.items():
-            row = f"task        {task}: {name} {with_error(v['value'], v['stderr'])}"
-            change = paired.get(task, {}).get(name)
-            shown = change and difference(change["value"], change["stderr"], change["p"])
-            rows.append(f"{row}, {shown} against the reference" if shown else row)
-    return "\n".join(rows)

@@ -36,7 +36,7 @@ LAYERS = (
     ("estimate", "allocated", "gated", "planned", "plan", "job", "context", "sweep", "barrier", "parts"),
     ("evaluate", "evalstore", "tasks", "taskresults", "humaneval", "sandbox", "report"),
     # a run ends with a reload check, an evaluation and a report, so it stands above them
-    ("reload", "results", "finish", "run", "budgets", "export", "inspect", "doctor"),
+    ("reload", "results", "finish", "run", "series", "budgets", "export", "inspect", "doctor"),
     ("cli", "__main__"),
 )
 SHARED = (  # modules of passes/ that are no passes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from moecompress import progress
 
 NOT_MEASURED = "not measured"
@@ -81,3 +84,21 @@ def against_plan(actual: float | None, planned: float | None, shown: str) -> str
         if actual is None or not planned
         else f"{100 * actual / planned:.0f} % of the planned {shown}"
     )
+
+
+def evaluation_text(result: Mapping[str, Any]) -> str:
+    """What an evaluation found, for a terminal."""
+    texts, agreement = result.get("perplexity") or {}, result.get("top1_agreement") or {}
+    bits = result.get("activation_bits")
+    rows = [f"inputs      rounded to int{bits} on request; nothing is saved"] if bits else []
+    rows += [f"perplexity  {name}: {with_error(v['value'], v['stderr'])}" for name, v in texts.items()]
+    rows += [f"kl          {name}: {number(value)} nats per token" for name, value in (result.get("kl") or {}).items()]
+    rows += [f"agreement   {name}: {percent(v)} of the most likely tokens" for name, v in agreement.items()]
+    paired = result.get("tasks_paired") or {}
+    for task, metrics in (result.get("tasks") or {}).items():
+        for name, v in metrics.items():
+            row = f"task        {task}: {name} {with_error(v['value'], v['stderr'])}"
+            change = paired.get(task, {}).get(name)
+            shown = change and difference(change["value"], change["stderr"], change["p"])
+            rows.append(f"{row}, {shown} against the reference" if shown else row)
+    return "\n".join(rows)
