@@ -20,6 +20,7 @@ from moecompress.numerics.packing import row_bytes
 from moecompress.recipe import Recipe
 from moecompress.stream.inventory import Owner
 from moecompress.stream.model import StreamModel
+from moecompress.stream.probe import probe_bytes
 from moecompress.stream.speed import active_weights, matmul_rate
 from moecompress.types import LayerFacts, ModelFacts, Scheme
 from moecompress.writing import Format
@@ -72,6 +73,7 @@ def estimate(
         getattr(spec.params, "pairs_streams", False) for spec in recipe.passes
     )  # the original stream's expert inputs
     stores = (4 + pairs) * 4 * hidden * sum(tokens)  # two streams, two generations, float32
+    stores += sum(probe_bytes(probe_tokens, layer, hidden) for layer in model.facts.layers)
     facts = facts or model.facts
     component, out_bytes = _component_bytes(model, owned, schemes, output, facts, dropped)
     generated = [cost for spec in recipe.calibration.values() for cost in all_costs(spec, model)]

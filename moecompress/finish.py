@@ -24,6 +24,7 @@ from moecompress.parts import layer_file, outer_part
 from moecompress.portable import Layout, config_block
 from moecompress.progress import Progress
 from moecompress.recipe import resolved_yaml
+from moecompress.reload import ENDS
 from moecompress.stream.streams import final_logits
 from moecompress.types import Scheme
 
@@ -138,20 +139,18 @@ def write_manifest(job: Job, parts: list[dict[str, Any]], records: list[ShardRec
 
 
 def reload_check(job: Job) -> dict[str, Any]:
-    """Load the staged directory in a fresh process and compare its logits with those of the compressed stream.
+    """Load the staged directory in a fresh process and compare every layer of it with the compressed stream.
 
     Returns {how, difference, backend}. Raises OutputError when it does not load or computes something else.
     """
     run = job.tokens[PROBE]
     ids, wanted = next(final_logits(job.model, run, "compressed"))
-    probe = job.run.path / "probe.safetensors"
-    save_tensors(probe, {"ids": ids, "logits": wanted})
-    command = [sys.executable, "-P", "-m", "moecompress.reload", str(job.run.staging), str(probe)]
+    save_tensors(job.run.probe / ENDS, {"ids": ids, "logits": wanted})
+    command = [sys.executable, "-P", "-m", "moecompress.reload", str(job.run.staging), str(job.run.probe)]
     dense = job.plan.output == "portable"  # transformers expands its experts while loading
     size = job.model.facts.source_bytes if dense else job.plan.estimate.output_bytes
     command += [str(torch.get_num_threads()), str(size)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, process_group=0)
-    probe.unlink()
     if done.returncode != 0:
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-6:])
         raise OutputError(message(str(job.run.staging), f"the output does not load or differs:\n{tail}"))

@@ -1,13 +1,15 @@
-"""The reload check, run in a process of its own: load an output directory, compare its logits with stored ones.
+"""The reload check, run in a process of its own: load an output directory, compare it with what the run computed.
 
-`python -P -m moecompress.reload DIR PROBE THREADS BYTES` prints one JSON line; a difference is an error.
+`python -P -m moecompress.reload DIR PROBE THREADS BYTES` prints one JSON line; a difference is an error. PROBE is the
+folder of the run's layers on a few tokens (stream/probe.py).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,81 +23,136 @@ from moecompress.layerstore import load_tensors
 from moecompress.memory import fits_in_memory
 from moecompress.packed import STREAMED, backend_name
 from moecompress.plan import BATCH_TOKENS
-from moecompress.stream.model import open_model
+from moecompress.stream.layers import experts_of, filled_layer
+from moecompress.stream.model import StreamModel, open_model
+from moecompress.stream.probe import ask_experts, expert_errors, fed, flow_errors, relative
 from moecompress.stream.skeleton import read_config_json
 from moecompress.stream.streams import final_logits, run_layer, start_run
 from moecompress.types import TokenSet
 
-_TOLERANCE = 1e-3  # median over tokens of |difference| / |logits|; a wrong weight gives far more
-_OUTLIERS = 0.05  # tokens that may differ more: a tie in top-k broken the other way
-_ROUNDED = (
-    2e-2,
-    0.5,
-)  # both, where inputs are rounded: sums in another order break ties there, and later tokens see it
+ENDS = "ends.safetensors"  # ids, logits
+_EXPERT = 1e-4  # a scale that is off by 1 % gives ten times as much; another order of sums a tenth
+_TOLERANCE = 1e-3  # median over the tokens of a layer; ties (see stream/probe.py) leave it alone
+_OUTLIERS = 0.05  # tokens of all layers that may be off by ten times as much: their ties
 
 
-def compare(wanted: Tensor, found: Tensor, rounded: bool = False) -> float:
-    """Median relative difference per token of logits [B, T, V]. Raises OutputError beyond the tolerance.
+@dataclass(frozen=True)
+class Probe:
+    """What the run computed. layers: per layer what `probed` has kept."""
 
-    rounded: whether inputs of matrices are rounded while the model runs."""
-    tolerance, outliers = _ROUNDED if rounded else (_TOLERANCE, _OUTLIERS)
-    a, b = wanted.reshape(-1, wanted.shape[-1]).double(), found.reshape(-1, found.shape[-1]).double()
-    each = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)
-    median, bad = float(each.median()), float((~(each <= 10 * tolerance)).double().mean())
-    if not median <= tolerance or bad > outliers:
-        raise OutputError(
-            message(
-                "reload check",
-                f"logits differ: median {median:.2e}, {100 * bad:.0f} % of tokens above {10 * tolerance:g}",
-                f"median {tolerance:g}, {100 * outliers:.0f} %",
-            )
-        )
-    return median
+    ids: Tensor
+    logits: Tensor
+    layers: tuple[Mapping[str, Tensor], ...]
+
+    @staticmethod
+    def read(folder: Path) -> Probe:
+        """Raises CheckpointError for files that are no safetensors."""
+        ends = load_tensors(folder / ENDS)
+        layers = [load_tensors(path) for path in sorted(folder.glob("[0-9]*.safetensors"))]
+        return Probe(ends["ids"], ends["logits"], tuple(layers))
+
+    @property
+    def entered(self) -> list[Tensor]:
+        return [layer["entered"] for layer in self.layers]
 
 
-def whole_logits(root: Path, ids: Tensor, portable: bool = False) -> tuple[Tensor, str]:
-    """Logits of the model loaded by transformers, the way a user loads it, computed in float32; and by whom."""
+@dataclass(frozen=True)
+class Found:
+    """What the loaded model computes: what arrives at each layer, the logits, and its experts' outputs by layer."""
+
+    arrived: Mapping[int, Tensor]
+    logits: Tensor
+    experts: Mapping[int, Tensor]
+    backend: str
+
+
+def compare(probe: Probe, found: Found) -> float:
+    """The largest of all layers' median relative differences. Raises OutputError beyond the tolerances."""
+    errors = flow_errors(probe.entered, found.arrived)
+    errors.append(relative(found.logits, probe.logits, probe.logits))
+    names = ["embeddings", *(f"layer {index}" for index in range(len(probe.layers) - 1)), "logits"]
+    medians = [float(each.median()) for each in errors]
+    problems = [
+        f"{name} differ: median {median:.1e} (allowed: {_TOLERANCE:g})"
+        for name, median in zip(names, medians, strict=True)
+        if not median <= _TOLERANCE
+    ]
+    bad = float((~(torch.cat(errors) <= 10 * _TOLERANCE)).double().mean())
+    if not problems and bad > _OUTLIERS:
+        problems.append(f"{100 * bad:.0f} % of tokens differ by {10 * _TOLERANCE:g} (allowed: {100 * _OUTLIERS:g} %)")
+    for index, outputs in found.experts.items():
+        kept = probe.layers[index]
+        each = expert_errors(outputs, kept["outputs"], kept["ids"])
+        wrong = (~(each <= _EXPERT)).nonzero().flatten().tolist()
+        if wrong:
+            worst = f"by up to {float(each.max()):.1e} (allowed: {_EXPERT:g})"
+            problems.append(f"layer {index}: {len(wrong)} experts differ {worst}: {wrong[:5]}")
+    if problems:
+        raise OutputError(message("reload check", "; ".join(problems[:4])))
+    return max(medians)
+
+
+def whole(root: Path, probe: Probe, portable: bool = False) -> Found:
+    """The model loaded by transformers, the way a user loads it, computing in float32."""
     from moecompress.load import load
 
     model: Any = load(root, dtype=torch.float32)
     if portable:
         nn.Module.float(model)  # transformers leaves its experts in the dtype of the scales
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float(), backend_name(model)
+    known = open_model(root)
+    with torch.no_grad(), fed(list(model.get_submodule(known.layers_name)), probe.entered) as arrived:
+        logits = model(input_ids=probe.ids, use_cache=False).logits.float()
+    experts = {}
+    for layer in known.facts.moe_layers:
+        assert layer.site is not None
+        module, kept = model.get_submodule(f"{layer.name}.{layer.site.experts}"), probe.layers[layer.index]
+        experts[layer.index] = ask_experts(module, kept["inputs"], kept["ids"])
+    return Found(arrived, logits, experts, backend_name(model))
 
 
-def streamed_logits(root: Path, ids: Tensor, folder: Path) -> Tensor:
-    """Logits with one layer in memory at a time."""
+def streamed(root: Path, probe: Probe, folder: Path) -> Found:
+    """The model with one layer in memory at a time."""
     model = open_model(root)
-    tokens = TokenSet("reload", ids, {}, "")
+    tokens = TokenSet("reload", probe.ids, {}, "")
     run = start_run(model, tokens, folder, batch_tokens=BATCH_TOKENS, streams=("original",))
-    for index in range(len(model.layers)):
-        run_layer(model, model.read_layer(index), run, "original")
-    out = torch.cat([logits for _, logits in final_logits(model, run, "original")])
+    arrived, experts = {}, {}
+    for index, kept in enumerate(probe.layers):
+        store = run.store("original", index)
+        arrived[index] = store.read(0, 1)
+        store.write(0, kept["entered"])
+        weights = model.read_layer(index)
+        run_layer(model, weights, run, "original")
+        if weights.experts:
+            experts[index] = _streamed_experts(model, weights, kept)
+    logits = torch.cat([logits for _, logits in final_logits(model, run, "original")])
     for generation in (0, 1):
         run.store("original", generation).remove()
-    return out
+    return Found(arrived, logits, experts, STREAMED)
+
+
+def _streamed_experts(model: StreamModel, weights: Any, kept: Mapping[str, Tensor]) -> Tensor:
+    site = model.facts_of(weights).site
+    assert site is not None
+    with filled_layer(model, weights) as layer:
+        return ask_experts(experts_of(layer, site.experts), kept["inputs"], kept["ids"])
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Check DIR against PROBE (tensors `ids`, `logits`)."""
-    root, probe, threads, weights = Path(arguments[0]), Path(arguments[1]), int(arguments[2]), int(arguments[3])
+    """Check DIR against the folder PROBE."""
+    root, folder, threads, weights = Path(arguments[0]), Path(arguments[1]), int(arguments[2]), int(arguments[3])
     torch.set_num_threads(threads)
-    stored = load_tensors(probe)
+    probe = Probe.read(folder)
     block = read_config_json(root).get("quantization_config") or {}
     portable = block.get("quant_method") == QUANT_METHOD
-    matrices = [m for layout in block.get("layouts", []) for m in layout["matrices"].values()]
-    rounded = any(matrix["activation"] != "none" for matrix in matrices)
     lacking = portable and find_spec("compressed_tensors") is None
-    whole = fits_in_memory(weights) and not lacking
-    if whole:
-        found, backend = whole_logits(root, stored["ids"], portable)
-        how = "whole model through transformers"
+    fits = fits_in_memory(weights) and not lacking
+    if fits:
+        found, how = whole(root, probe, portable), "whole model through transformers"
     else:
-        found, backend = streamed_logits(root, stored["ids"], probe.parent / "hidden"), STREAMED
+        found = streamed(root, probe, folder.parent / "hidden")
         how = "streamed, compressed-tensors is not installed" if lacking else "streamed, larger than memory"
-    difference = compare(stored["logits"], found, rounded)
-    print(json.dumps({"how": how, "whole": whole, "difference": difference, "backend": backend}))
+    difference = compare(probe, found)
+    print(json.dumps({"how": how, "whole": fits, "difference": difference, "backend": found.backend}))
 
 
 if __name__ == "__main__":

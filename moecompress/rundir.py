@@ -3,6 +3,7 @@
 run.json      fingerprint and cursor (what is done), replaced atomically
 out/          the output directory as it is built; renamed to `<out>` when it is complete and checked
 hidden/ stats/ decisions/
+probe/        every finished layer on a few tokens, for the reload check
 lock          held by the one process that works here
 """
 
@@ -50,6 +51,10 @@ class RunDir:
     @property
     def stats(self) -> Path:
         return self.path / "stats"
+
+    @property
+    def probe(self) -> Path:
+        return self.path / "probe"
 
     @property
     def decisions(self) -> Path:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moecompress.context import layer_context, set_of
-from moecompress.job import SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, each_once
+from moecompress.job import PROBE, SAMPLE_TOKENS, Finished, Job, LayerResult, LayerStatistics, each_once
 from moecompress.layerstore import load_decision, load_layer, save_decision, save_layer, save_tensors
 from moecompress.measure import expert_rows, expert_use, router_comparison, stream_error
 from moecompress.memory import resident_bytes
@@ -21,6 +21,7 @@ from moecompress.stats.base import Statistic
 from moecompress.stats.routing import RoutingCounts, TokenSample
 from moecompress.stream.collect import Collector
 from moecompress.stream.layers import experts_of, filled_layer
+from moecompress.stream.probe import probed
 from moecompress.stream.streams import run_layer
 from moecompress.types import ExpertWeights, LayerWeights
 
@@ -48,7 +49,7 @@ def process_layer(job: Job, sweep: Sweep, index: int, *, last: bool) -> LayerRes
     if last:
         result.weights = settle(result.weights, original, job.plan.output)
     loaded = as_loaded(result.weights, job.plan.output) if last else result.weights
-    compressed = _advance_compressed(job, loaded)
+    compressed = _advance_compressed(job, loaded, last=last)
     if last and original.experts:
         result.row = _row(job, result, logs, compressed, statistics)
     return result
@@ -86,10 +87,14 @@ def _advance_original(job: Job, sweep: Sweep, original: LayerWeights, statistics
     return report
 
 
-def _advance_compressed(job: Job, weights: LayerWeights) -> Collector | None:
+def _advance_compressed(job: Job, weights: LayerWeights, *, last: bool) -> Collector | None:
     site = job.model.facts_of(weights).site
     report: Collector | None = None
     for name, run in job.tokens.items():
+        if name == PROBE and last:
+            kept = probed(job.model, weights, run)
+            save_tensors(job.run.probe / f"{weights.index:05d}.safetensors", kept)
+            continue
         collector = None
         if site is not None and name == job.report_set:
             report = collector = Collector(site, (), run.tokens.heldout, run.measured)
