@@ -219,20 +219,45 @@ def portable_schemes(
 
 
 def engines(site: MoESite, experts: Scheme, linears: Scheme | None) -> dict[str, dict[str, Any]]:
-    """`loadable` of vLLM and SGLang for routed experts of this scheme, from the rules in their code."""
-    return {"vllm": _vllm(site, experts, linears), "sglang": _sglang(site, experts, linears)}
+    """`loadable` of vLLM and SGLang for routed experts of this scheme, by the rules in their code.
+
+    vLLM: `get_moe_method` (compressed_tensors_moe.py) looks at expert 0's gate_proj, up_proj and down_proj, whose
+    schemes must be equal. `check_moe_marlin_supports_layer` says which shapes Marlin takes; the others fall back to
+    `CompressedTensorsWNA16MoEMethod` (4 and 8 bits, groups only), other widths to the Humming kernels.
+    SGLang: `CompressedTensorsWNA16MoE` takes the scheme of the target "Linear", of 4 or 8 symmetric bits, for Marlin.
+    """
+    return {"vllm": _vllm(site, experts), "sglang": _sglang(site, experts, linears)}
 
 
-def _vllm(site: MoESite, experts: Scheme, linears: Scheme | None) -> dict[str, Any]:
-    if experts.group_size != -1 and (site.hidden % experts.group_size or site.width % experts.group_size):
-        return _no(f"group {experts.group_size} must divide hidden {site.hidden} and expert width {site.width}")
+def _marlin_problem(site: MoESite, scheme: Scheme) -> str | None:
+    """Why the fused Marlin kernel of both engines does not take these experts; None = it does."""
+    step = max(64, scheme.group_size)
+    if scheme.bits not in (4, 8):
+        return f"Marlin has 4 and 8 bits, not {scheme.bits}"
+    if scheme.group_size not in (-1, 32, 64, 128):
+        return f"group {scheme.group_size} is none of Marlin's -1, 32, 64, 128"
+    if site.hidden % 128 or site.width % step:
+        return (
+            f"Marlin asks for a hidden size in steps of 128 and a width of {step}, not {site.hidden} and {site.width}"
+        )
+    return None
+
+
+def _vllm(site: MoESite, experts: Scheme) -> dict[str, Any]:
+    size = experts.group_size
+    if size != -1 and (site.hidden % size or site.width % size):
+        return _no(f"group {size} must divide hidden {site.hidden} and expert width {site.width}")
+    problem = _marlin_problem(site, experts)
     reason = f"pack-quantized, symmetric, {experts.bits} bits, one scheme for gate, up and down of every expert"
     if experts.bits not in (4, 8):
         reason += "; needs the Humming kernels (Marlin has 4 and 8 bits), where negative scales are unverified"
-    elif experts.group_size not in (-1, 32, 64, 128):
-        reason += f"; group {experts.group_size} is outside Marlin's -1, 32, 64, 128"
-    if experts.group_size != -1:
-        reason += f"; tensor parallelism up to {site.width // experts.group_size} ways keeps groups whole"
+    elif problem is not None and size == -1:
+        return _no(f"scales per channel run on Marlin alone, and {problem}; use groups")
+    elif problem is not None:
+        reason += f"; on slower kernels: {problem}"
+    if size != -1:
+        step = size if problem else max(64, size)
+        reason += f"; tensor parallelism up to {max(1, site.width // step)} ways keeps groups whole"
     return {"status": "by_rule", "reason": f"{reason}. Not run here"}
 
 
@@ -241,9 +266,10 @@ def _sglang(site: MoESite, experts: Scheme, linears: Scheme | None) -> dict[str,
         return _no(f"its experts have 4 or 8 bits, not {experts.bits}; `export --format container` makes 4")
     if linears is not None and linears != experts:
         return _no("it takes the experts' scheme from the group of class Linear, which here is that of other matrices")
-    if experts.group_size != -1 and (site.hidden % experts.group_size or site.width % experts.group_size):
-        return _no(f"group {experts.group_size} must divide hidden {site.hidden} and expert width {site.width}")
-    reason = f"pack-quantized, symmetric, {experts.bits} bits, one scheme for all experts; NVIDIA GPUs run it on Marlin"
+    problem = _marlin_problem(site, experts)
+    if problem is not None:
+        return _no(f"its only kernel on NVIDIA GPUs is Marlin: {problem}")
+    reason = f"pack-quantized, symmetric, {experts.bits} bits, one scheme for all experts; Marlin, SiLU experts only"
     return {"status": "by_rule", "reason": f"{reason}. Not run here"}
 
 

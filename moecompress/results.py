@@ -172,7 +172,7 @@ def loadable(job: Job, checked: Mapping[str, Any]) -> dict[str, Any]:
     portable = job.plan.output == "portable"
     if checked["whole"]:
         mode = "with `import moecompress`" if job.plan.output == "native" else "as it is"
-        transformers = {"status": "tested", "reason": f"loaded {mode} in a fresh process, logits compared"}
+        transformers = {"status": "tested", "reason": f"loaded {mode} in a fresh process, compared layer by layer"}
     else:
         transformers = {"status": "by_rule", "reason": f"checked layer by layer ({checked['how']})"}
     if portable:

@@ -231,16 +231,19 @@ def test_codes_without_a_place_are_refused() -> None:
 
 
 def test_rules_of_the_engines() -> None:
-    site = MoESite("mlp.experts", "mlp.gate", 8, 2, 64, 48)
-    status = {
-        (bits, size): tuple(engines(site, Scheme(bits, size), None)[name]["status"] for name in ("vllm", "sglang"))
-        for bits, size in ((4, 16), (8, -1), (3, 16), (2, 16), (4, 32))
-    }
-    assert status == {
-        (4, 16): ("by_rule", "by_rule"),
-        (8, -1): ("by_rule", "by_rule"),
-        (3, 16): ("by_rule", "no"),
-        (2, 16): ("by_rule", "no"),
-        (4, 32): ("no", "no"),  # 32 does not divide the width 48
-    }
-    assert engines(site, Scheme(4, 16), Scheme(8))["sglang"]["status"] == "no"
+    """What the engines' own code asks for: see `engines`."""
+
+    def status(hidden: int, width: int, bits: int, size: int, linears: Scheme | None = None) -> tuple[str, str]:
+        found = engines(MoESite("mlp.experts", "mlp.gate", 8, 2, hidden, width), Scheme(bits, size), linears)
+        return found["vllm"]["status"], found["sglang"]["status"]
+
+    by_rule, no = "by_rule", "no"
+    assert status(128, 192, 4, 32) == status(128, 64, 8, -1) == status(256, 128, 4, 128) == (by_rule, by_rule)
+    assert status(128, 192, 3, 32) == status(128, 192, 2, 32) == (by_rule, no)  # Humming has them
+    assert status(128, 192, 4, 16) == (by_rule, no)  # no group of Marlin's: Triton in vLLM
+    assert status(64, 192, 4, 32) == status(128, 96, 4, 32) == (by_rule, no)  # shapes that Marlin does not take
+    assert status(128, 192, 4, 128) == (no, no)  # 128 does not divide the width 192
+    assert status(64, 64, 4, -1) == (no, no)  # scales per channel run on Marlin alone
+    assert (
+        status(128, 64, 4, 32, Scheme(8)) == (by_rule, no) and status(128, 64, 4, 32, Scheme(4, 32)) == (by_rule,) * 2
+    )

@@ -136,7 +136,7 @@ def report_data(layers: int, experts: int) -> dict[str, Any]:
         },
         "warnings": ["layer 0: 3 experts saw fewer than 64 tokens; rounded to nearest instead"],
         "loadable": {
-            "transformers": {"status": "tested", "reason": "loaded in a fresh process, logits compared"},
+            "transformers": {"status": "tested", "reason": "loaded in a fresh process, compared layer by layer"},
             "vllm": {"status": "no", "reason": "mixed widths per expert"},
             "sglang": {"status": "by_rule", "reason": "pack-quantized, one scheme"},
         },
