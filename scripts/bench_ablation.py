@@ -69,6 +69,7 @@ METHODS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "all": (gptq(ROTATE, ROUTER, **AGQ), "half-balanced"),
     "all-rotation": (gptq(ROUTER, **AGQ), "half-balanced"),
     "all-text": (gptq(ROTATE, ROUTER, **AGQ), "text-balanced"),
+    "all-text-rotation": (gptq(ROUTER, **AGQ), "text-balanced"),
     "all-own": (gptq(ROTATE, ROUTER, **AGQ), "ebss-balanced"),
     "all-own-rotation": (gptq(ROUTER, **AGQ), "ebss-balanced"),
     "+target": (gptq(target_inputs="original"), "text"),

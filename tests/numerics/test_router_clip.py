@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moecompress.numerics.grids import dequantize, round_to_nearest
 from moecompress.numerics.router_clip import RATIOS, best_clip, clip_rows, kept_share
+from moecompress.numerics.routing import set_agreement
 from moecompress.types import Scheme
 
 SCHEME = Scheme(8, -1, False, "int")
@@ -64,3 +65,7 @@ def test_planted_outliers_that_no_token_uses_are_clipped() -> None:
     assert float(found.ratios.max()) < 0.7 and found.objective < 0.5 * found.unclipped
     missed = [float((x @ dequantize(q).t() - wanted).square().mean()) for q in (found.codes, found.plain)]
     assert missed[0] < 0.5 * missed[1]
+    fresh = made(1)[1]
+    fresh[:, 0] = 0.0
+    chosen = [(fresh @ w.t()).topk(2).indices for w in (weight, dequantize(found.codes), dequantize(found.plain))]
+    assert set_agreement(chosen[0], chosen[1]) > set_agreement(chosen[0], chosen[2]) + 0.1

@@ -10,6 +10,7 @@ import engine
 import exact
 import families
 import layers
+import planted
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -162,6 +163,24 @@ def test_an_online_rotation_before_down(
         assert difference(logits(load(out, dequantize=True)), found) < 1e-4
     streamed = engine.streamed_logits(open_model(out), IDS, tmp_path / "hidden")
     assert difference(streamed, found) < 1e-4
+
+
+def test_planted_outlier_channels_stop_hurting(bench_a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of the norm go into what reads it and channels are mixed: 4-bit inputs of the experts lose less."""
+    engine.reload_here(monkeypatch)
+    source = planted.outlier_channels(bench_a, tmp_path / "model", (3, 77), 32.0)
+    rtn = {"quantize.rtn": {"bits": 8, "group_size": -1, "activation_bits": 4}}
+    save_file({"ids": engine.random_ids(8, 64, vocabulary=4096)}, tmp_path / "ids.safetensors")
+    errors = {}
+    for name, first in (("plain", []), ("rotated", [{"rotate.hadamard": {}}])):
+        (tmp_path / name).mkdir()
+        calibration = {"source": "tokens", "files": [str(tmp_path / "ids.safetensors")], "samples": 8, "length": 64}
+        recipe = engine.write_recipe(tmp_path / name, source, [*first, rtn], calibration=calibration)
+        done = engine.command("run", recipe)
+        assert done.code == 0, done.err
+        report = engine.read_json(tmp_path / name / "out" / "moecompress" / "report.json")
+        errors[name] = [layer["output_error"] for layer in report["layers"]]
+    assert all(b < a / 2 for a, b in zip(errors["plain"], errors["rotated"], strict=True)), errors
 
 
 def _columns(block: Any) -> list[tuple[int, Any]]:

@@ -209,6 +209,16 @@ def test_a_weight_of_two_is_seeing_the_token_twice() -> None:
     torch.testing.assert_close(double["hessian"], twice["hessian"])
 
 
+def test_tokens_of_no_weight_have_no_influence() -> None:
+    data, statistic = _data(6), ExpertHessian("down", "affinity")
+    silent = torch.arange(T) % 3 == 0
+    weights = data.weights.masked_fill(silent[:, None], 0.0)
+    other = dataclasses.replace(data, weights=weights, middle=data.middle.clone())
+    other.middle[silent] = 1e3
+    without = data.take((~silent).nonzero().flatten())
+    assert torch.equal(_collect(statistic, other)["hessian"], _collect(statistic, without)["hessian"])
+
+
 def test_input_moments_by_loops() -> None:
     data = _data(7)
     result = InputMoments().finalise(_collect(InputMoments(), data))

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from moecompress.stats.base import Statistic
-from moecompress.stats.moments import InputMoments
+from moecompress.stats.moments import ExpertHessian, InputMoments
 from moecompress.stats.routing import RoutingCounts, TokenSample
 from moecompress.stream.collect import Collector
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.stream.streams import TokenRun, run_layer
 from moecompress.types import LayerWeights, MoESite
 
-FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "gemma4_text", "nemotron_h", "ernie4_5_moe", "granitemoe")
+FAMILIES = (
+    "qwen3_moe qwen2_moe olmoe mixtral deepseek_v2 deepseek_v3 gpt_oss gemma4_text nemotron_h ernie4_5_moe granitemoe"
+).split()
 IDS = engine.random_ids(9, 12)
 
 
@@ -77,7 +79,8 @@ def test_statistics_and_router_log_are_aligned_with_the_models_own_routing(model
     model = open_model(path)
     index, site = last_site(model)
     wanted = observed(path, model.facts.layers[index].name, site)
-    collector, run = collect(model, tmp_path, (TokenSample(10_000), RoutingCounts(), InputMoments()))
+    affinity = ExpertHessian("gate_up", "affinity")
+    collector, run = collect(model, tmp_path, (TokenSample(10_000), RoutingCounts(), InputMoments(), affinity))
     train = rows_of(tuple(row for row in range(9) if row not in run.tokens.heldout))
     held = rows_of(run.tokens.heldout)
     assert len(held) == 24 and len(train) == 84
@@ -97,6 +100,13 @@ def test_statistics_and_router_log_are_aligned_with_the_models_own_routing(model
         assert own.shape[0] == int(moments["tokens"][expert])
         if own.shape[0]:
             torch.testing.assert_close(moments["gate_up.abs_max"][expert], own.amax(0), atol=1e-5, rtol=1e-5)
+    hessian = torch.zeros(site.num_experts, site.hidden, site.hidden, dtype=torch.float64)
+    for token in train.tolist():  # slot by slot, with the number that transformers multiplies the expert's output by
+        x = wanted["hidden"][token].double()
+        for expert, gate in zip(wanted["ids"][token].tolist(), wanted["weights"][token].double(), strict=True):
+            hessian[expert] += gate * torch.outer(x, x)
+    found = collector.finished()[affinity.name]["hessian"].double()
+    torch.testing.assert_close(found, hessian, atol=1e-3, rtol=1e-4)
 
     logits, ids = collector.log.joined()
     assert torch.equal(ids, wanted["ids"][held])
