@@ -3,7 +3,8 @@
     python scripts/bench_ablation.py OUT --model DIR --tokens FILE --text TEXT [--text TEXT ...]
         [--ebss FILE] [--ebss-paper FILE] [--minutes N] [ROW ...]
 
-A row is `method/width/seed`, e.g. `gptq/w3g32/0` (see METHODS, WIDTHS); default: all rows, three seeds at 3 and 2 bits.
+A row is `method/width/seed`, e.g. `gptq/w3g32/0` (see METHODS, WIDTHS); default: all rows, three seeds where tokens are
+drawn, one at 4 bits without rounded inputs.
 The seed draws `--samples` calibration sequences from `--tokens` (text: a file of token ids, or plain text of which any
 window may be drawn), from `--ebss` (sampled by the model), or half of each. With text of all that is evaluated this
 tells what the parts are worth by themselves; with text of one corpus, as in the papers, also what self-sampled text is
@@ -29,7 +30,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 WIDTHS = {"w4": (4, -1), "w3": (3, -1), "w3g32": (3, 32), "w2g32": (2, 32)}
-SEEDS = {"w4": (0,), "w3": (0,), "w3g32": (0, 1, 2), "w2g32": (0, 1, 2)}
+SEEDS = (0, 1, 2)
 
 ROTATE: dict[str, Any] = {"rotate.hadamard": {}}
 ROUTER: dict[str, Any] = {"align.router": {}}
@@ -37,8 +38,8 @@ PLAIN = {"grid": "minmax"}
 AGQ = {"weighting": "affinity"}
 SMOOTHQUANT: dict[str, Any] = {"smooth.expert": {"alpha": 0.5, "aggregate": "layer", "router": False, "experts": False}}
 SMOOTH: dict[str, Any] = {"smooth.expert": {}}
-DUQUANT: dict[str, Any] = {"rotate.duquant": {"block": 64, "steps": 48}}
-KL_CLIP: dict[str, Any] = {"align.router": {"method": "kl_clip", "router_bits": 8}}
+DUQUANT: dict[str, Any] = {"rotate.duquant": {"block": 64, "steps": 256}}
+KL_CLIP: dict[str, Any] = {"align.router": {"method": "kl_clip", "router_bits": 8, "activation_bits": 8}}
 
 
 def gptq(*before: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
@@ -97,8 +98,9 @@ _ROUNDED = tuple(method for method in METHODS if method.startswith(("a4-", "a16-
 DEFAULT = tuple(
     f"{method}/{width}/{seed}"
     for width in WIDTHS
-    for method in METHODS
-    for seed in SEEDS[width]
+    for method, (_, source) in METHODS.items()
+    for seed in SEEDS
+    if seed == 0 or (source != "none" and (width != "w4" or method in _ROUNDED))
     if width == "w4" or (method in _ROUNDED) == (width == "w3")
 )
 
