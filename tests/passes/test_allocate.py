@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import engine
 import families
+import numpy as np
 import pytest
 import torch
 from engine import calibrated_recipe as recipe
@@ -15,14 +17,17 @@ from engine import finished_run as run
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from moecompress.calib.tokens import heldout_rows
 from moecompress.errors import RecipeError
 from moecompress.load import load
-from moecompress.passes.allocate_global import AllocateGlobal
+from moecompress.passes.allocate_global import AllocateGlobal, Measured
 from moecompress.passes.allocate_pmq import AllocatePMQ
+from moecompress.passes.base import ModelContext
 from moecompress.passes.quantize_rtn import QuantizeRTN
 from moecompress.passes.quantizer import Quantizer
 from moecompress.plan import make_plan
 from moecompress.recipe import load_recipe
+from moecompress.stream.model import open_model
 
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 32}
 WEIGHTS = 3 * 64 * 32  # of one expert
@@ -258,3 +263,61 @@ def test_a_sweep_that_is_none_is_refused(text: str, source: Path, tmp_path: Path
 def test_a_sweep_needs_an_allocation(source: Path, tmp_path: Path) -> None:
     done = engine.command("plan", recipe(tmp_path, source, RTN), "--sweep", "1:2:1")
     assert done.code == 2 and "no allocate.* pass" in done.err
+
+
+def test_tied_layers_are_the_best_of_all_tied_choices(source: Path) -> None:
+    """per_layer_uniform against trying every width for every layer."""
+    facts = open_model(source).facts
+    rng = np.random.default_rng(0)
+    bits = (1, 2, 3, 4)
+    sites = [layer.site for layer in facts.moe_layers]
+    experts = sites[0].num_experts  # type: ignore[union-attr]
+    costs = {i: np.sort(rng.lognormal(0, 2, (experts, 3, 4)))[..., ::-1] for i in range(len(sites))}
+    costs = {i: np.ascontiguousarray(value) for i, value in costs.items()}
+    measured = Measured(costs, {i: torch.ones(experts) for i in costs}, 100)
+    for budget in (1.5, 2.25, 3.75):
+        step = AllocateGlobal(bits=bits, budget=f"{budget} bits", per_layer_uniform=True)
+        context = ModelContext(
+            facts, {}, lambda *_: torch.Generator(), lambda _: {}, lambda *_: {}, QuantizeRTN(group_size=32)
+        )
+        found = step.divided(context, measured).data
+        whole = {i: value[:, 2].sum(0) for i, value in costs.items()}
+        choices = [
+            c for c in itertools.product(range(4), repeat=len(costs)) if sum(bits[j] for j in c) <= budget * len(c)
+        ]
+        best = min(sum(whole[i][j] for i, j in enumerate(c)) for c in choices)
+        assert found["predicted_cost"] == pytest.approx(best, rel=1e-9) and found["gap"] < 1e-6
+        chosen = [set(row["bits"]["gate_up"] + row["bits"]["down"]) for row in found["layers"].values()]
+        assert all(len(widths) == 1 for widths in chosen) and found["mean_bits"] <= budget
+
+
+W4: dict[str, Any] = {"quantize.rtn": {"bits": 4, "group_size": 32}}
+HELDOUT: dict[str, list[dict[str, Any]]] = {
+    "fisher": [{"allocate.global": {"budget": "2.5 bits", "sequences": 8}}, RTN],
+    "kl": [{"allocate.global": {"budget": "2.5 bits", "sequences": 8, "weighting": "kl"}}, RTN],
+    "pmq": [{"allocate.pmq": {"budget": "2 bits"}}, GPTQ],
+    "odp": [W4, {"prune.odp": {"pool": "model"}}],
+    "otp": [
+        {"quantize.rtn": {"bits": 4, "group_size": 32}},
+        {"prune.otp": {"steps": 3, "batch": 4, "width": 4, "teacher": "original"}},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", HELDOUT)
+def test_nothing_is_decided_on_held_out_sequences(name: str, source: Path, tmp_path: Path) -> None:
+    """Other text in the held-out rows gives the same file, byte for byte; in the others it does not."""
+    ids = load_file(source.parent / "ids.safetensors")["ids"][:8]
+    (row,) = heldout_rows(8, 0.125)
+    made = []
+    for number, changed in enumerate([(), (row,), ((row + 1) % 8,)]):
+        folder = tmp_path / str(number)
+        (folder / "source").mkdir(parents=True)
+        (folder / "source" / "model").symlink_to(source)
+        other = ids.clone()
+        other[list(changed)] = engine.random_ids(len(changed), ids.shape[1], seed=9)
+        save_file({"ids": other}, folder / "source" / "ids.safetensors")
+        made.append(tensors(run(folder / "run", folder / "source" / "model", *HELDOUT[name])))
+    first, heldout, trained = made
+    assert all(torch.equal(value, heldout[key]) for key, value in first.items())
+    assert name in ("odp", "pmq") or any(not torch.equal(value, trained[key]) for key, value in first.items())
