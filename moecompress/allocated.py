@@ -79,7 +79,7 @@ def with_allocation(
     allocator, quantizer = allocation
     fixed = _fixed_bytes(cost, model, facts, schemes)
     pool = allocator.pool(facts, quantizer, fixed)
-    problem = pool.problem(min(allocator.bits))
+    problem = allocator.infeasible(facts, pool)
     if problem:
         return cost, [message(f"{allocator.name} budget '{allocator.budget}'", problem)]
     mean = min(pool.mean_bits(), float(max(allocator.bits)))

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moecompress.errors import RecipeError, message
-from moecompress.numerics.allocation import Infeasible, pmq, pmq_cost
+from moecompress.numerics.allocation import Infeasible, pmq, pmq_cost, pmq_least
 from moecompress.numerics.grids import round_to_nearest
 from moecompress.passes.allocator import UNITS, Allocator
 from moecompress.passes.base import Decision, LayerContext, ModelContext
@@ -80,10 +80,28 @@ class AllocatePMQ(Allocator):
 
     def _widths(self, layer: int, cost: Any, pool: Pool) -> list[int]:
         """pmq on one layer, with the error in the words of the recipe."""
-        experts = len(cost)
         try:
-            return pmq(cost, self.bits, int(pool.mean_bits() * experts + 1e-6))
-        except Infeasible as error:
-            found = f"{pool.mean_bits():.3f} bits on average, but the two highest widths need {error.least / experts:g}"
-            then = f"use budget '{error.least / experts:g} bits', other widths, or allocate.global"
-            raise RecipeError(message(f"{self.name} layer {layer}", found, then=then)) from None
+            return pmq(cost, self.bits, _layer_bits(pool, len(cost)))
+        except Infeasible:
+            found = self._too_small(pool, len(cost)) or "the budget is too small"
+            raise RecipeError(message(f"{self.name} layer {layer}", found)) from None
+
+    def infeasible(self, facts: ModelFacts, pool: Pool) -> str | None:
+        experts = sorted({layer.site.num_experts for layer in facts.moe_layers if layer.site is not None})
+        problems = (self._too_small(pool, count) for count in experts if count >= min(2, len(self.bits)))
+        return super().infeasible(facts, pool) or next((problem for problem in problems if problem), None)
+
+    def _too_small(self, pool: Pool, experts: int) -> str | None:
+        """Why a layer of so many experts cannot keep its share; None = it can."""
+        least = pmq_least(self.bits, experts)
+        if _layer_bits(pool, experts) >= least:
+            return None
+        return (
+            f"{pool.mean_bits():.3f} bits on average, but the two highest widths need {least / experts:g}; the nearest "
+            f"feasible budget is '{pool.named(pool.paying(least / experts))}' (or use other widths, or allocate.global)"
+        )
+
+
+def _layer_bits(pool: Pool, experts: int) -> int:
+    """Whole code bits per weight of one layer, summed over its experts."""
+    return int(pool.mean_bits() * experts + 1e-6)

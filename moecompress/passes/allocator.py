@@ -72,6 +72,10 @@ class Allocator(Pass):
         """The budget of this pass for one model."""
         return Pool.of(parse_budget(self.budget), facts, quantizer, fixed, experts)
 
+    def infeasible(self, facts: ModelFacts, pool: Pool) -> str | None:
+        """Why no division keeps the budget, with the nearest one that can be kept; None = one does."""
+        return pool.problem(min(self.bits))
+
     def candidates(self, context: LayerContext, expert: int, hessians: Mapping[str, Tensor]) -> Iterator[ExpertWeights]:
         """The weights to try for one expert, in order: for every unit of UNITS every width."""
         weights = context.weights.experts[expert]

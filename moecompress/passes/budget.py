@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,10 +57,20 @@ class Pool:
         need = self.everywhere[least]
         if need <= self.total:
             return None
-        near = f"{-(-need * 1000 // self.weights) / 1000:g} {self.budget.kind}"
+        return f"too small even for {least} bits everywhere; the nearest feasible budget is '{self.named(need)}'"
+
+    def named(self, total: int) -> str:
+        """The least budget that pays for `total`, as a recipe writes it."""
         if self.budget.kind == "bytes":
-            near = f"{self.fixed + -(-need // 8)} B"
-        return f"too small even for {least} bits everywhere; the nearest feasible budget is '{near}'"
+            return f"{self.fixed + -(-total // 8)} B"
+        return f"{-(-total * 1000 // self.weights) / 1000:g} {self.budget.kind}"
+
+    def paying(self, mean: float) -> int:
+        """The least total with these `mean_bits`, 0 .. 8."""
+        below = max(b for b in self.everywhere if b <= mean)
+        above = min((b for b in self.everywhere if b > mean), default=below)
+        step = (mean - below) / (above - below) if above > below else 0.0
+        return self.everywhere[below] + math.ceil(step * (self.everywhere[above] - self.everywhere[below]))
 
     def mean_bits(self) -> float:
         """Code bits per weight that the budget pays for, as sizes grow evenly between widths; within 0 .. 8."""

@@ -166,9 +166,22 @@ def test_what_cannot_be_is_refused_before_the_work(passes: Any, text: str, sourc
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_below_pmqs_two_widths_names_the_least(source: Path, tmp_path: Path) -> None:
-    done = engine.command("run", recipe(tmp_path, source, {"allocate.pmq": {"budget": "1.05 bits"}}, RTN))
-    assert done.code == 2 and "the two highest widths need" in done.err and "use budget '" in done.err
+@pytest.mark.parametrize("budget", ["1.05 bits", "1.55 bpw", "SMALL"])
+def test_a_budget_below_pmqs_two_widths_names_the_nearest_that_works(budget: str, source: Path, tmp_path: Path) -> None:
+    """`plan` says it, and takes what it names."""
+
+    def problems(text: str) -> tuple[str, ...]:
+        (tmp_path / text).mkdir()
+        path = recipe(tmp_path / text, source, {"allocate.pmq": {"budget": text}}, RTN)
+        return make_plan(load_recipe(path)).problems
+
+    if budget == "SMALL":
+        (problem,) = problems("1 KiB")
+        budget = f"{int(problem.split(chr(39))[-2].removesuffix(' B')) + 8} B"
+    (problem,) = problems(budget)
+    assert "the two highest widths need 1.375" in problem, problem
+    near = problem.split("budget is '")[1].split("'")[0]
+    assert near.split()[1] == budget.split()[1] and problems(near) == ()
 
 
 def test_the_portable_format_refuses_mixed_widths(source: Path, tmp_path: Path) -> None:

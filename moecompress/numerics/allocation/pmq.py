@@ -45,14 +45,24 @@ def pmq(cost: ArrayLike, bits: Sequence[int], budget: int) -> list[int]:
         )
     if not np.isfinite(costs).all():
         raise ValueError("cost: not finite; allowed: finite numbers")
-    must = sorted(widths)[-2:] if len(widths) > 1 else []
+    must = _must(widths)
     if len(costs) < len(must):
         raise ValueError(f"cost: {len(costs)} expert; allowed: at least {len(must)}, one for each of {must} bits")
-    least = sum(must) + (len(costs) - len(must)) * min(widths)
+    least = pmq_least(widths, len(costs))
     if budget < least:
         raise Infeasible(int(budget), least)
     budget = min(int(budget), max(widths) * len(costs))
     return _backtrack(*_table(costs, widths, must, budget), widths, must)
+
+
+def pmq_least(bits: Sequence[int], experts: int) -> int:
+    """The least total bits of a layer: one expert at each of the two highest widths, the others at the lowest."""
+    must = _must(bits)
+    return sum(must) + (experts - len(must)) * min(bits)
+
+
+def _must(bits: Sequence[int]) -> list[int]:
+    return sorted(bits)[-2:] if len(bits) > 1 else []
 
 
 def _share(values: ArrayLike) -> Costs:
