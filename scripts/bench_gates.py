@@ -17,9 +17,10 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
-from bench_rows import Rows, arguments_of
+from bench_rows import Rows, arguments_of, reload_here
 
 METHODS = {"top_k": "keep", "odp": "quantile", "otp": "target"}
 WORDS: dict[str, dict[str, Any]] = {"raw": {"renormalise": False}, "model": {"pool": "model"}}
@@ -58,7 +59,8 @@ def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     began = time.process_time()
-    out = run(load_recipe(folder / "recipe.yaml"))
+    with mock.patch("moecompress.finish.subprocess.run", reload_here):
+        out = run(load_recipe(folder / "recipe.yaml"))
     seconds = time.process_time() - began
     score = evaluate_dir(out, arguments.text, windows=arguments.windows)
     use = [layer["use"] for layer in json.loads((out / "moecompress" / "report.json").read_text())["layers"]]
