@@ -112,7 +112,7 @@ def portable_problems(model: StreamModel, schemes: Mapping[int, Mapping[str, Sch
     known = set(experts)
     if len(known) > 1 and None not in known:
         widest = max(scheme.bits for scheme in known if scheme is not None)
-        other = " and then `moecompress export --format container`" if widest <= 4 else ""
+        other = " and then `moecompress export --format container`" if widest <= 8 else ""
         problems.append(f"mixed bits or groups among the experts; use one scheme for all, or format: native{other}")
     linears = {
         f"{layer.name}.{name}": scheme

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine import write_recipe
 
@@ -16,7 +16,7 @@ from moecompress.types import PROJECTIONS, LayerWeights, Scheme
 
 
 class MixedRTN(QuantizeRTN):
-    """Expert e has `cycle[e % len]` bits (1 = binary), and its down projection the next in the cycle."""
+    """Expert e has `cycle[e % len]` bits (1 = binary, below 0 = with zero points), and its down projection the next."""
 
     cycle: tuple[int, ...] = (1, 2, 3, 4)
 
@@ -25,7 +25,8 @@ class MixedRTN(QuantizeRTN):
         for number, expert in enumerate(context.weights.experts):
             for place, name in enumerate(PROJECTIONS):
                 bits = self.cycle[(number + place) % len(self.cycle)]
-                scheme = Scheme(bits, self.group_size, binary=bits == 1)
+                zero: Literal["none", "int"] = "int" if bits < 0 else "none"
+                scheme = Scheme(abs(bits), self.group_size, bits > 0, zero, binary=bits == 1)
                 weight = expert.projection(name)
                 rounded = round_to_nearest(weight.float(), scheme, grid="mse", scale_dtype=context.scale_dtype)
                 expert = expert.with_projection(name, rounded)

@@ -28,6 +28,7 @@ from moecompress.stream.model import open_model
 from moecompress.types import PROJECTIONS, QuantizedTensor, Scheme
 
 MIXED = ("mixtral", "deepseek_v3", "qwen2_moe", "phimoe", "olmoe", "deepseek_v2", "qwen3_moe")
+NARROW, WIDE = (1, 2, 3, 4), (1, 2, 3, 4, 8)
 IDS = random_ids(2, 12)
 
 
@@ -42,7 +43,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
             folder = root / family
             folder.mkdir()
             save_tiny(family, folder / "model")
-            native[family] = run(mixed_recipe(folder, folder / "model", output={"format": "native"}))
+            cycle = WIDE if family == "qwen3_moe" else NARROW
+            native[family] = run(mixed_recipe(folder, folder / "model", cycle, output={"format": "native"}))
             container[family] = export_dir(native[family], "container", folder / "container")
             dense[family] = export_dir(native[family], "dense", folder / "dense")
     stock = run_stock([*container.values(), *dense.values()], IDS, root)
@@ -64,7 +66,7 @@ def _native(folder: Path, family: str = "mixtral", *passes: Any) -> Path:
 
 @pytest.mark.parametrize("family", MIXED)
 def test_container_holds_mixed_bits_exactly(made: Any, family: str, tmp_path: Path) -> None:
-    """1-, 2-, 3- and 4-bit experts in one checkpoint that stock transformers loads."""
+    """1-, 2-, 3-, 4- (and 8-) bit experts in one checkpoint that stock transformers loads."""
     model, found = open_model(made.native[family]), made.stock[made.container[family]]
     schemes = set()
     for layer in model.facts.moe_layers:
@@ -75,7 +77,9 @@ def test_container_holds_mixed_bits_exactly(made: Any, family: str, tmp_path: Pa
                 schemes.add(weight.scheme.bits)
                 stock = found[f"{layer.name}.{layer.site.experts}.{name}_proj"][number]  # type: ignore[union-attr]
                 assert torch.equal(stock.float(), dequantize(weight, torch.bfloat16).float())
-    assert schemes == {1, 2, 3, 4}
+    assert schemes == set(WIDE if family == "qwen3_moe" else NARROW)
+    group = read_json(made.container[family] / "config.json")["quantization_config"]["config_groups"]["group_0"]
+    assert group["weights"]["num_bits"] == (8 if family == "qwen3_moe" else 4)
     assert torch.equal(found["logits"], made.stock[made.dense[family]]["logits"])
     assert difference(streamed_logits(open_model(made.container[family]), IDS, tmp_path), found["logits"]) < 1e-5
 
@@ -190,7 +194,7 @@ def test_gptq_export_has_a_rule_for_every_other_scheme(made: Any, tmp_path: Path
     changed = {rule: value for rule, value in block["dynamic"].items() if rule.startswith("+:")}
     plain = ("lm_head", "model.layers.2.self_attn.q_proj", "model.layers.1.mlp.gate")
     assert {"-:^" + name.replace(".", r"\.") + "$" for name in plain} <= block["dynamic"].keys()
-    assert {value["bits"] for value in changed.values()} | {block["bits"]} == {2, 3, 4}  # 1 bit as 2-bit codes
+    assert {value["bits"] for value in changed.values()} | {block["bits"]} == {2, 3, 4, 8}  # 1 bit as 2-bit codes
     rows = read_json(out / "moecompress" / "report.json")["loadable"]
     assert {row["status"] for row in rows.values()} == {"no"}
     card = (out / "README.md").read_text()
@@ -215,7 +219,7 @@ def test_refusals_say_what_would_be_lost_and_leave_nothing(made: Any, tmp_path: 
 @pytest.mark.usefixtures("quick")
 def test_wide_codes_zero_points_and_stacks_are_refused(tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any], Any, str]] = [
-        ("mixtral", {"bits": 8, "group_size": 16}, "container", "8-bit codes do not fit 4 bits"),
+        ("mixtral", {"bits": 4, "group_size": 16, "symmetric": False}, "container", "zero points"),
         ("mixtral", {"bits": 4, "group_size": 16, "symmetric": False}, "gptq", "zero points"),
         ("mixtral", {"bits": 1, "group_size": 16}, "portable", "--format container can"),
         ("mixtral", {"bits": 4, "group_size": 16}, "gptq", r"multiples of 32, not of \[48\]"),
@@ -233,8 +237,8 @@ def test_wide_codes_zero_points_and_stacks_are_refused(tmp_path: Path) -> None:
 def test_allow_lossy_rounds_only_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     save_tiny("mixtral", tmp_path / "a" / "model")
-    native = run(mixed_recipe(tmp_path / "a", tmp_path / "a" / "model", (2, 4, 8), output={"format": "native"}))
-    with pytest.raises(OutputError, match="8-bit codes"):
+    native = run(mixed_recipe(tmp_path / "a", tmp_path / "a" / "model", (2, 4, -3), output={"format": "native"}))
+    with pytest.raises(OutputError, match="zero points"):
         export_dir(native, "container", tmp_path / "out")
     out = export_dir(native, "container", tmp_path / "out", allow_lossy=True)
     before, after = open_model(native).read_experts(1), open_model(out).read_experts(1)
@@ -243,10 +247,10 @@ def test_allow_lossy_rounds_only_what_does_not_fit(tmp_path: Path) -> None:
             a, b = old.projection(name), new.projection(name)
             assert isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor)
             far = float((dequantize(a) - dequantize(b)).norm() / dequantize(a).norm())
-            assert (far == 0) == (a.scheme.bits <= 4) and far < 0.2
+            assert (far == 0) == a.scheme.symmetric and far < 0.2
     manifest = read_json(out / "moecompress" / "manifest.json")
-    assert manifest["export"]["lost"] == ["8-bit codes do not fit 4 bits"]
-    assert "lost: 8-bit codes" in (out / "README.md").read_text()
+    assert manifest["export"]["lost"] == ["zero points"]
+    assert "lost: zero points" in (out / "README.md").read_text()
     assert not (out / "moecompress" / "eval.json").exists()
 
 

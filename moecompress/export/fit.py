@@ -15,7 +15,7 @@ from moecompress.numerics.widen import fits_codes, widen_codes
 from moecompress.types import QuantizedTensor, Scheme, Weight
 
 ExportFormat = Literal["portable", "container", "dense", "gptq"]
-CONTAINER_BITS = 4
+CONTAINER_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,14 @@ class Fit:
     losses: tuple[str, ...] = ()
 
 
+def container_bits(schemes: Iterable[Scheme]) -> int:
+    """The narrowest width of a container that holds all codes."""
+    widest = max((scheme.bits for scheme in schemes if scheme.bits != 16), default=0)
+    return next(bits for bits in CONTAINER_BITS if bits >= widest)
+
+
 def common_fit(schemes: Collection[Scheme], bits: int | None = None) -> Fit:
-    """One scheme for all: of `bits` bits, or (None) the one that they already have.
+    """One scheme for all: of `bits` bits, which no code exceeds, or (None) the one that they already have.
 
     Exact when every value is an integer code of that width times a scale of the same groups.
     """
@@ -41,10 +47,7 @@ def common_fit(schemes: Collection[Scheme], bits: int | None = None) -> Fit:
     if bits is None and any(scheme.binary for scheme in coded):
         losses.append("1-bit codes mean -s and +s, which compressed-tensors cannot say (--format container can)")
     if bits is None and len(widths) > 1:
-        other = " (--format container can hold them)" if widths[-1] <= CONTAINER_BITS else ""
-        losses.append(f"mixed bits ({', '.join(map(str, widths))}){other}")
-    if bits is not None and widths[-1] > bits:
-        losses.append(f"{widths[-1]}-bit codes do not fit {bits} bits")
+        losses.append(f"mixed bits ({', '.join(map(str, widths))}) (--format container can hold them)")
     return Fit(Scheme(bits or max(2, widths[-1]), groups.most_common(1)[0][0]), tuple(losses))
 
 
@@ -53,7 +56,7 @@ def linear_fit(schemes: Collection[Scheme], container: bool) -> Fit:
     if not schemes:
         return Fit(None)
     own = common_fit(schemes)
-    return own if not own.losses or not container else common_fit(schemes, CONTAINER_BITS)
+    return own if not own.losses or not container else common_fit(schemes, container_bits(schemes))
 
 
 def own_fit(schemes: Collection[Scheme]) -> Fit:

@@ -13,7 +13,7 @@ from moecompress.checkpoint.writer import ShardRecord, write_shard
 from moecompress.errors import MoecompressError, OutputError, Stopped, message
 from moecompress.export.convert import Converted, Target, convert_layer, same_values, without_biases
 from moecompress.export.describe import Export, describe
-from moecompress.export.fit import CONTAINER_BITS, ExportFormat, Fit, activation_losses, common_fit, linear_fit, own_fit
+from moecompress.export.fit import ExportFormat, Fit, activation_losses, common_fit, container_bits, linear_fit, own_fit
 from moecompress.export.source import Output, open_output
 from moecompress.parts import split_entries
 from moecompress.portable import layout_problems
@@ -64,7 +64,7 @@ def choose(output: Output, form: ExportFormat, allow_lossy: bool) -> tuple[Targe
     elif form == "gptq":
         fits = [own_fit(experts), own_fit(linears)]
     else:
-        width = CONTAINER_BITS if form == "container" else None
+        width = container_bits(experts) if form == "container" else None
         fits = [common_fit(experts, width), linear_fit(linears, form == "container")]
     never = [] if form == "dense" else layout_problems(output.layout)
     native = output.model.native
