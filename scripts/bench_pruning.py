@@ -11,6 +11,7 @@ kept in OUT/rows.json, so an interrupted table goes on where it stopped; OUT/tab
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -141,12 +142,11 @@ def scored(out: Path, arguments: argparse.Namespace) -> dict[str, dict[str, floa
 
     The original's log-probabilities are made once and kept in OUT.
     """
-    from moecompress.evaluate import token_sets
     from moecompress.load import load
 
     found: dict[str, dict[str, float]] = {"perplexity": {}, "kl": {}}
     model, base = load(out, dtype=torch.float32), None
-    for tokens in token_sets(out, arguments.text, model.config.vocab_size, 512, arguments.windows, 400_000):
+    for tokens in windows_of(arguments.model, tuple(arguments.text), model.config.vocab_size, arguments.windows):
         name, nll, kl = str(tokens.origin["text"]), 0.0, 0.0
         kept = arguments.out / f"reference-{Path(name).stem}-{arguments.windows}.safetensors"
         if not kept.is_file():
@@ -159,6 +159,14 @@ def scored(out: Path, arguments: argparse.Namespace) -> dict[str, dict[str, floa
             kl += float((p.exp() * (p - q)).double().sum(-1).mean())
         found["perplexity"][name], found["kl"][name] = math.exp(nll / len(wanted)), kl / len(wanted)
     return found
+
+
+@functools.cache
+def windows_of(model: Path, texts: tuple[str, ...], vocabulary: int, windows: int) -> list[Any]:
+    """The windows of every text: the same for all rows, so they are tokenised once."""
+    from moecompress.evaluate import token_sets
+
+    return list(token_sets(model, texts, vocabulary, 512, windows, 400_000))
 
 
 @torch.no_grad()
