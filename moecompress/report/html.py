@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from moecompress.report.maps import bit_maps, token_map
+from moecompress.report.maps import bit_maps, error_map, token_map
 from moecompress.report.scatter import Point, scatter
 from moecompress.report.schema import AllocationInfo, Evaluation, ExpertInfo, LayerInfo, Report
 from moecompress.report.svg import Line, Segment, line_chart, stacked_bar
@@ -82,7 +82,11 @@ def _context(report: Report, evaluation: Evaluation | None) -> dict[str, Any]:
         "bars": _bars(report),
         "components": _components(report),
         "charts": [*_charts(report.layers, evaluation), *_budget_chart(report.allocation)],
-        "maps": [m for m in (token_map(report.layers), *bit_maps(report.layers)) if m is not None],
+        "maps": [
+            drawn
+            for drawn in (token_map(report.layers), *bit_maps(report.layers), error_map(report.layers))
+            if drawn is not None
+        ],
         "tables": _tables(report),
         "layers": layer_table(report.layers),
         "experts": [(layer, _expert_rows(layer.experts)) for layer in report.layers if layer.experts],

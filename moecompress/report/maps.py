@@ -1,10 +1,11 @@
-"""The heat maps of the report: routed tokens and code bits, layers down, experts across."""
+"""The heat maps of the report: routed tokens, code bits and errors, layers down, experts across."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -100,6 +101,53 @@ def _bit_map(layers: Sequence[LayerInfo], projection: Projection, heading: str) 
     return Map(heading, mean, _draw(layers, cell, title, heading), tuple(legend))
 
 
+def error_map(layers: Sequence[LayerInfo]) -> Map | None:
+    """Error per expert in per cent, logarithmic: of its output, or of its weights in a run without data; None when
+    unmeasured."""
+    experts = [expert for layer in layers for expert in layer.experts]
+    outputs = any(e.error is not None for e in experts)
+
+    def error(expert: ExpertInfo) -> float | None:
+        return expert.error if outputs else expert.weight_error
+
+    known = [(value, layer, e) for layer in layers for e in layer.experts if (value := error(e)) is not None]
+    if not known:
+        return None
+    sizes = [value for value, _, _ in known if value > 0]
+    low, high = (min(sizes), max(sizes)) if sizes else (1.0, 1.0)
+
+    def cell(expert: ExpertInfo) -> Cell:
+        value = error(expert)
+        if value is None:
+            return Cell("gone", "") if expert.removed else Cell("none", "?")
+        return Cell(f"q{_step(value, low, high)}" if value > 0 else "q0", _per_cent(value))
+
+    def title(layer: LayerInfo) -> str:
+        found = sorted(value for e in layer.experts if (value := error(e)) is not None)
+        spread = (_per_cent(found[at]) for at in (0, len(found) // 2, -1)) if found else ()
+        return f"layer {layer.layer}: " + (
+            "min {} %, median {} %, max {} %".format(*spread) if found else "not measured"
+        )
+
+    value, layer, worst = max(known, key=lambda found: found[0])
+    kind = "output on its own tokens" if outputs else "weights"
+    note = (
+        f"Squared error of each expert's {kind}, relative, in per cent; the largest is {_per_cent(value)} % "
+        f"(layer {layer.layer}, expert {worst.id})."
+    )
+    edges = [low * (high / low) ** (i / STEPS) for i in range(STEPS + 1)]
+    spans = [(f"q{i}", f"{_per_cent(a)} - {_per_cent(b)} %") for i, (a, b) in enumerate(pairwise(edges))]
+    legend = spans if high > low else [(f"q{STEPS // 2}", f"{_per_cent(low)} %")] if sizes else []
+    if any(error(e) is None and not e.removed for e in experts):
+        legend.insert(0, ("none", "not measured"))
+    return Map("Error per expert", note, _draw(layers, cell, title, "error per expert"), tuple(legend))
+
+
+def _per_cent(share: float) -> str:
+    """Two digits of a share in per cent, at most five characters where it is above 0.01 %: 0.012, 1.2, 12, 120."""
+    return f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.2g}"
+
+
 def _draw(
     layers: Sequence[LayerInfo],
     cell: Callable[[ExpertInfo], Cell],
@@ -114,7 +162,7 @@ def _draw(
     return heat_map(rows, label)
 
 
-def _step(value: int, low: int, high: int) -> int:
+def _step(value: float, low: float, high: float) -> int:
     """Which of STEPS logarithmic intervals of [low, high] holds `value`; the middle one if low == high."""
     if low == high:
         return STEPS // 2

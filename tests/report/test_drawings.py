@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecompress.report.maps import STEPS, _ranges, _short, _step, bit_maps, token_map
+from moecompress.report.maps import STEPS, _ranges, _short, _step, bit_maps, error_map, token_map
 from moecompress.report.schema import ExpertBits, ExpertInfo, LayerInfo
 from moecompress.report.svg import Line, Segment, line_chart, stacked_bar, ticks
 
@@ -124,6 +124,21 @@ def test_bit_maps_one_when_equal_two_when_not() -> None:
     mixed = [ExpertInfo(id=0, bits=ExpertBits(gate_up=2, down=3))]
     assert [m.title.rpartition(" ")[2] for m in bit_maps([layer_of(*mixed)])] == ["gate_up", "down"]
     assert bit_maps([layer_of(ExpertInfo(id=0))]) == []
+
+
+def test_error_map_says_where_the_worst_expert_is() -> None:
+    first = layer_of(ExpertInfo(id=0, error=0.001), ExpertInfo(id=1, error=0.1), ExpertInfo(id=2))
+    second = layer_of(ExpertInfo(id=0, error=0.25, weight_error=0.9), ExpertInfo(id=1, action="pruned"), index=7)
+    found = error_map([first, second])
+    assert found is not None and "largest is 25 % (layer 7, expert 0)" in found.note and "output" in found.note
+    drawn = cells(found.drawing)
+    assert (
+        drawn["none"] == 1 and drawn["gone"] == 1 and drawn["q0"] == 1 and drawn["q6"] == 1 and sum(drawn.values()) == 5
+    )
+    assert [name for _, name in found.legend][:2] == ["not measured", "0.1 - 0.22 %"] and len(found.legend) == 8
+    weights = error_map([layer_of(ExpertInfo(id=0, weight_error=0.02), ExpertInfo(id=1, weight_error=0.0))])
+    assert weights is not None and "weights" in weights.note and [name for _, name in weights.legend] == ["2 %"]
+    assert error_map([layer_of(ExpertInfo(id=0, tokens=3))]) is None
 
 
 @given(st.integers(0, 10**9))
