@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden import cuda_bits
 from packed_layers import Packed, experts, linear, weight
 from torch import Tensor
 
@@ -35,36 +36,9 @@ SCHEMES = [
 ]
 
 
-def written_bits(bits: int, row: int, column: int) -> list[tuple[int, int]]:
-    """(byte, bit) in a tile of each bit of the code at (row, column), from the definition of the mma's A operand.
-
-    m16n8k16: lane 4r + q has in register j rows r + 8 (j odd), columns 2q, 2q + 1 (+ 8 for j >= 2). Columns of a block
-    of 32 are dealt so that lane q of a row has 8q .. 8q + 7 in two steps.
-    """
-    block, within = divmod(column, 32)
-    q, inside = divmod(within, 8)
-    step, high, half = inside // 4, inside // 2 % 2, inside % 2
-    lane, register = 4 * (row % 8) + q, 2 * high + row // 8
-    pair = (2 * block + step) * 4 + register
-    if bits != 3:
-        per = 16 // bits
-        spots = [(pair // per, pair % per * bits + i + 16 * half) for i in range(bits)]
-    elif pair % 16 == 15:
-        spots = [(pair // 16 * 3 + i, 15 + 16 * half) for i in range(3)]
-    else:
-        spots = [(pair // 16 * 3 + pair % 16 // 5, pair % 16 % 5 * 3 + i + 16 * half) for i in range(3)]
-    planes = [4] * (bits // 2) + [2] * (bits % 2)  # words of a lane that lie together
-    found = []
-    for word, bit in spots:
-        plane = word // 4
-        start = sum(planes[:plane]) * 4 * 32 + lane * planes[plane] * 4 + word % 4 * 4
-        found.append((start + bit // 8, bit % 8))
-    return found
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_every_bit_of_a_tile_has_its_place_and_only_one(bits: int) -> None:
-    spots = [spot for row in range(16) for column in range(128) for spot in written_bits(bits, row, column)]
+    spots = [spot for row in range(16) for column in range(128) for spot in cuda_bits(bits, row, column)]
     assert len(set(spots)) == len(spots) == 16 * 128 * bits
     assert max(byte for byte, _ in spots) == 256 * bits - 1
 
@@ -83,7 +57,7 @@ def test_codes_are_where_the_mma_wants_them(bits: int) -> None:
         for row in range(16):
             for column in range(0, 128, 3):
                 code = int(matrix.codes[first_row + row, first_column + column])
-                for i, (byte, bit) in enumerate(written_bits(bits, row, column)):
+                for i, (byte, bit) in enumerate(cuda_bits(bits, row, column)):
                     assert int(data[byte]) >> bit & 1 == code >> i & 1
         scales = data[256 * bits :][:32].view(torch.bfloat16)
         zeros = data[256 * bits + 32 :]
@@ -95,7 +69,7 @@ def test_codes_are_where_the_mma_wants_them(bits: int) -> None:
 
 def test_one_code_by_hand() -> None:
     """Row 9, column 43 of a 4-bit tile: block 1, q 1, step 0, upper columns, second of its pair; lane 5, register 3."""
-    assert written_bits(4, 9, 43) == [(256 * 4 // 8 * 0 + 5 * 16 + 2 * 4 + 3, bit) for bit in (4, 5, 6, 7)]
+    assert cuda_bits(4, 9, 43) == [(256 * 4 // 8 * 0 + 5 * 16 + 2 * 4 + 3, bit) for bit in (4, 5, 6, 7)]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -124,7 +98,7 @@ def test_gate_and_up_tiles_alternate() -> None:
     stride = int(table[0, 0, 1])
     for tile in range(4):
         row = tile % 2 * 32 + tile // 2 * 16 + 5
-        found = [int(blob[tile * stride + written_bits(8, 5, column)[0][0]]) for column in range(128)]
+        found = [int(blob[tile * stride + cuda_bits(8, 5, column)[0][0]]) for column in range(128)]
         assert found == codes[row].tolist()
 
 

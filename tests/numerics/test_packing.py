@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import golden
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,13 +18,6 @@ def _random_codes(rows: int, columns: int, bits: int, seed: int = 0) -> torch.Te
     return torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
 
 
-def _stream(row: list[int], bits: int) -> bytes:
-    """The row as one big integer: code i shifted left by i * bits, written little-endian."""
-    total = sum(code << (i * bits) for i, code in enumerate(row))
-    words = (len(row) * bits + 31) // 32
-    return total.to_bytes(4 * words, "little")
-
-
 @settings(max_examples=60, deadline=None)
 @given(bits=st.sampled_from(BITS), rows=st.integers(1, 5), columns=st.integers(1, 100), seed=st.integers(0, 999))
 def test_matches_integer_stream_and_round_trips(bits: int, rows: int, columns: int, seed: int) -> None:
@@ -31,7 +25,7 @@ def test_matches_integer_stream_and_round_trips(bits: int, rows: int, columns: i
     packed = pack_codes(codes, bits)
     assert packed.shape == (rows, row_bytes(columns, bits)) and packed.dtype == torch.uint8
     for row, stored in zip(codes.tolist(), packed, strict=True):
-        assert bytes(stored.tolist()) == _stream(row, bits)
+        assert bytes(stored.tolist()) == golden.stream(row, bits)
     assert torch.equal(unpack_codes(packed, bits, columns), codes)
 
 
