@@ -3,10 +3,11 @@
     python scripts/bench_cuda.py [--quick] [--json FILE|-] [--shapes qwen3,mixtral,...] [--bits 4,3] [--tokens 1,4,...]
                                  [--no-checks]
 
-Times are medians of CUDA graph replays. A graph holds several calls, each with other experts where the layer has
-enough, so that weights come from memory and not from the cache. `gbs` counts the bytes of the experts that were used
-(codes and scales) once; `fraction_of_bandwidth` compares with a copy on the device, measured in the same run. The peer
-is PyTorch's grouped product of the same experts in bfloat16, captured in the same way.
+Both backends of the device are timed, each where it can run: `cuda`, the compiled library, and `triton`. Times are
+medians of CUDA graph replays. A graph holds several calls, each with other experts where the layer has enough, so that
+weights come from memory and not from the cache. `gbs` counts the bytes of the experts that were used (codes and scales)
+once; `fraction_of_bandwidth` compares with a copy on the device, measured in the same run. The peer is PyTorch's
+grouped product of the same experts in bfloat16, captured in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,17 @@ SHAPES = {  # title, hidden, width, experts, experts per token
     "mixtral": ("Mixtral-8x7B", 4096, 14336, 8, 2),
     "dsv3": ("DeepSeek-V3", 7168, 2048, 256, 8),
 }
+BACKENDS = ("cuda", "triton")
+PEER = "torch bf16 grouped"
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 GROUP = 128
 CALLS = 8  # in one graph
+COPIED = 1 << 31  # bytes
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
-def packed_layer(shape: str, bits: int) -> tuple[ops.Layer, list[Tensor], int]:
+def packed_layer(shape: str, bits: int, backend: str) -> tuple[ops.Layer, list[Tensor], int]:
     """(layer, handle of random experts on the device, bytes of one expert)."""
     _, hidden, width, experts, _ = SHAPES[shape]
     sizes = (("gate_up", (2 * width, hidden)), ("down", (hidden, width)))
@@ -56,7 +60,7 @@ def packed_layer(shape: str, bits: int) -> tuple[ops.Layer, list[Tensor], int]:
         assert scales is not None
         scales.copy_(torch.rand(scales.shape, device="cuda") * 0.01 + 0.005)
     slots = torch.stack([torch.zeros(experts), torch.arange(experts)], 1).int().cuda()
-    return layer, ops.backend("cuda").prepare(layer, [records], slots, []), layout.row_bytes
+    return layer, ops.backend(backend).prepare(layer, [records], slots, []), layout.row_bytes
 
 
 def routing(shape: str, tokens: int, turn: int) -> Inputs:
@@ -95,7 +99,7 @@ def graph_ms(run: Callable[[Inputs], Tensor], inputs: list[Inputs], seconds: flo
 
 def copy_bandwidth() -> float:
     """GB/s read and written by a copy of 2 GiB on the device, the best of several."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     best = float("inf")
@@ -129,58 +133,64 @@ class Grouped:
         return back.view(*ids.shape, -1).sum(1)
 
 
-def bench(shapes: list[str], bits: list[int], tokens: list[int], seconds: float) -> dict[str, Any]:
+def bench(backends: list[str], shapes: list[str], bits: list[int], tokens: list[int], seconds: float) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     bandwidth, rows = copy_bandwidth(), []
     for shape in shapes:
-        title, hidden, width, _, per_token = SHAPES[shape]
-        peer_ms: dict[int, float] = {}
         peer = Grouped(shape)
-        for count in tokens:
-            inputs = [routing(shape, count, turn) for turn in range(CALLS if count <= 256 else 2)]
-            peer_ms[count] = graph_ms(peer.run, inputs, seconds)
+        peer_ms = {count: graph_ms(peer.run, several(shape, count), seconds) for count in tokens}
         del peer
-        for width_bits in bits:
-            layer, handle, expert_bytes = packed_layer(shape, width_bits)
-            text = layer.text
-            for count in tokens:
-                inputs = [routing(shape, count, turn) for turn in range(CALLS if count <= 256 else 2)]
-                ms = graph_ms(lambda one, h=handle, t=text: ops.moe_mlp(*one, h, "cuda", t), inputs, seconds)
-                used = statistics.mean(len(ids.unique()) for _, ids, _ in inputs)
-                gbs = used * expert_bytes / ms / 1e6
-                row = {"shape": title, "M": count, "bits": width_bits, "ms": ms, "gbs": gbs}
-                row |= {"fraction_of_bandwidth": gbs / bandwidth, "peers": {"torch bf16 grouped": peer_ms[count]}}
-                row["tflops"] = 6e-9 * count * per_token * hidden * width / ms
-                rows.append(row)
-                print(f"{title}, {width_bits} bits, {count} tokens: {1e3 * ms:.1f} us", file=sys.stderr, flush=True)
-            del handle
+        for width in bits:
+            for backend in backends:
+                for row in bench_layer(backend, shape, width, tokens, seconds):
+                    row["fraction_of_bandwidth"] = row["gbs"] / bandwidth
+                    row["peers"] = {PEER: peer_ms[row["M"]]}
+                    rows.append(row)
     return {
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
-        "backend": ops.backend("cuda").describe(),
+        "backends": {name: ops.backend(name).describe() for name in backends},
         "torch": torch.__version__,
         "bandwidth_gbs": bandwidth,
         "rows": rows,
     }
 
 
+def bench_layer(backend: str, shape: str, bits: int, tokens: list[int], seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of one layer in one backend, without what they are compared with."""
+    title, hidden, width, _, per_token = SHAPES[shape]
+    layer, handle, expert_bytes = packed_layer(shape, bits, backend)
+    for count in tokens:
+        inputs = several(shape, count)
+        ms = graph_ms(lambda one: ops.moe_mlp(*one, handle, backend, layer.text), inputs, seconds)
+        used = statistics.mean(len(ids.unique()) for _, ids, _ in inputs)
+        print(f"{title}, {bits} bits, {count} tokens, {backend}: {1e3 * ms:.1f} us", file=sys.stderr, flush=True)
+        row = {"backend": backend, "shape": title, "M": count, "bits": bits, "ms": ms}
+        yield row | {"gbs": used * expert_bytes / ms / 1e6, "tflops": 6e-9 * count * per_token * hidden * width / ms}
+
+
+def several(shape: str, tokens: int) -> list[Inputs]:
+    """Inputs of the calls of one graph."""
+    return [routing(shape, tokens, turn) for turn in range(CALLS if tokens <= 256 else 2)]
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| layer | bits | tokens | us | GB/s | of copy bandwidth | TFLOP/s | x torch bf16 grouped |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| layer | bits | tokens | backend | us | GB/s | of copy bandwidth | TFLOP/s | x {PEER} |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        peer = row["peers"]["torch bf16 grouped"] / row["ms"]
-        cells = [row["shape"], row["bits"], row["M"], f"{1e3 * row['ms']:.1f}", f"{row['gbs']:.0f}"]
-        cells += [f"{100 * row['fraction_of_bandwidth']:.0f} %", f"{row['tflops']:.1f}", f"{peer:.2f}"]
+        cells = [row["shape"], row["bits"], row["M"], row["backend"], f"{1e3 * row['ms']:.1f}", f"{row['gbs']:.0f}"]
+        cells += [f"{100 * row['fraction_of_bandwidth']:.0f} %", f"{row['tflops']:.1f}"]
+        cells.append(f"{row['peers'][PEER] / row['ms']:.2f}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def checks() -> int:
     """`pytest -m gpu` on everything there is; its exit code."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "tests/kernels/test_cuda.py"]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "tests/kernels"]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
@@ -193,16 +203,18 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=lambda text: [int(one) for one in text.split(",")], default=None)
     parser.add_argument("--no-checks", action="store_true", help="time without checking first")
     arguments = parser.parse_args(words)
-    if reason := ops.unavailable("cuda"):
-        print(f"bench_cuda: the CUDA kernels cannot run: {reason}", file=sys.stderr)
+    missing = {name: reason for name in BACKENDS if (reason := ops.unavailable(name))}
+    for name, reason in missing.items():
+        print(f"bench_cuda: {name} cannot run: {reason}", file=sys.stderr)
+    backends = [name for name in BACKENDS if name not in missing]
+    if not backends:
         return 2
-    print(ops.backend("cuda").describe(), file=sys.stderr)
     if not arguments.no_checks and checks():
         print("bench_cuda: checks failed, nothing is timed", file=sys.stderr)
         return 1
     shapes = arguments.shapes or (["qwen3"] if arguments.quick else list(SHAPES))
     tokens = arguments.tokens or ([1, 16, 256] if arguments.quick else TOKENS)
-    result = bench(shapes, arguments.bits, tokens, 0.1 if arguments.quick else 0.4)
+    result = bench(backends, shapes, arguments.bits, tokens, 0.1 if arguments.quick else 0.4)
     if arguments.json == "-":
         print(json.dumps(result, indent=1))
         return 0
@@ -211,6 +223,7 @@ def main(words: list[str] | None = None) -> int:
     print(
         f"{result['device']} ({result['capability']}), copy {result['bandwidth_gbs']:.0f} GB/s, torch {result['torch']}"
     )
+    print("; ".join(result["backends"].values()))
     print(table(result))
     return 0
 

@@ -1,8 +1,8 @@
-"""The CUDA kernels on a device: layers of real sizes, graphs, streams, the same bits every time. `pytest -m gpu`."""
+"""Kernels of CUDA devices on one: layers of real sizes, graphs, streams, the same bits every time. `pytest -m gpu`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from moecompress_kernels import cuda
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
+HIDDEN, WIDTH, REPEATS = 512, 256, 10
 DECODE, PREFILL = 3e-3, 5e-3  # relative errors of bfloat16 results; see tests/kernels/test_cuda.py
 OSS = ops.Activation("silu", interleaved=True, alpha=1.702, limit=7.0, shift=1.0)
 SHAPES = {  # hidden, width, experts, experts per token, activation; fewer experts than the models have
@@ -26,16 +27,28 @@ SHAPES = {  # hidden, width, experts, experts per token, activation; fewer exper
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    if reason := cuda.unavailable():
+@pytest.fixture(scope="module", params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if reason := ops.backend(request.param).unavailable():
         pytest.skip(reason)
-    yield torch.device("cuda")
+    return str(request.param)
 
 
-def prepared(packed: Packed) -> list[Tensor]:
+class Prepared(NamedTuple):
+    """A layer on the device, and what runs it."""
+
+    packed: Packed
+    handle: list[Tensor]
+    name: str
+
+    def run(self, inputs: list[Tensor]) -> Tensor:
+        return ops.moe_mlp(*inputs, self.handle, self.name, self.packed.layer.text)
+
+
+def prepared(packed: Packed, name: str) -> Prepared:
     records, biases = ([one.cuda() for one in part] for part in (packed.records, packed.biases))
-    return cuda.prepare(packed.layer, records, packed.slot_map.cuda(), biases)
+    handle = ops.backend(name).prepare(packed.layer, records, packed.slot_map.cuda(), biases)
+    return Prepared(packed, handle, name)
 
 
 def on_device(inputs: list[Tensor]) -> list[Tensor]:
@@ -43,86 +56,84 @@ def on_device(inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.fixture(scope="module", params=[(name, bits) for name in SHAPES for bits in (4, 3)], ids=str)
-def real(request: pytest.FixtureRequest) -> tuple[Packed, list[Tensor], int]:
-    """(layer, handle, experts per token)."""
+def real(request: pytest.FixtureRequest, backend: str) -> tuple[Prepared, int]:
+    """(layer, experts per token)."""
     name, bits = request.param
     hidden, width, count, per_token, activation = SHAPES[name]
     schemes = [(Scheme(bits, 64 if hidden == 2880 else 128), Scheme(bits, 64 if width == 2880 else 128))] * count
-    packed = experts(schemes, hidden, width, activation)
-    return packed, prepared(packed), per_token
+    return prepared(experts(schemes, hidden, width, activation), backend), per_token
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 33, 200])
-def test_real_layers(real: tuple[Packed, list[Tensor], int], tokens: int) -> None:
-    packed, handle, per_token = real
-    inputs = routing(tokens, packed.layer.experts, per_token, packed.layer.columns, BF16, seed=tokens)
-    found = cuda.moe_mlp(packed.layer, handle, *on_device(inputs)).cpu()
+def test_real_layers(real: tuple[Prepared, int], tokens: int) -> None:
+    layer, per_token = real
+    count, hidden = layer.packed.layer.experts, layer.packed.layer.columns
+    inputs = routing(tokens, count, per_token, hidden, BF16, seed=tokens)
+    found = layer.run(on_device(inputs)).cpu()
     checked = [*range(min(tokens, 12)), tokens - 1]  # each row of float64 takes a while
-    wanted = oracle(packed, *(one[checked] for one in inputs), BF16)
+    wanted = oracle(layer.packed, *(one[checked] for one in inputs), BF16)
     assert error(found[checked], wanted) < (DECODE if tokens <= cuda.DECODE_TOKENS else PREFILL)
 
 
 @pytest.fixture(scope="module")
-def mixed() -> tuple[Packed, list[Tensor]]:
+def mixed(backend: str) -> Prepared:
     """Four widths in one layer, 24 experts."""
     widths = [(Scheme(4, 128), Scheme(3, 64)), (Scheme(3, 128), Scheme(4, 32)), (Scheme(2, 64), Scheme(8, 64))]
-    packed = experts([*widths, (Scheme(8, 128), Scheme(2, 64))] * 6, 512, 256)
-    return packed, prepared(packed)
+    return prepared(experts([*widths, (Scheme(8, 128), Scheme(2, 64))] * 6, HIDDEN, WIDTH), backend)
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 16, 40, 300])
-def test_a_graph_replays_with_new_inputs(mixed: tuple[Packed, list[Tensor]], tokens: int) -> None:
-    packed, handle = mixed
-    held = on_device(routing(tokens, 24, 4, 512, BF16))
+def test_a_graph_replays_with_new_inputs(mixed: Prepared, tokens: int) -> None:
+    held = on_device(routing(tokens, 24, 4, HIDDEN, BF16))
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        ops.moe_mlp(*held, handle, "cuda", packed.layer.text)
+        mixed.run(held)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = ops.moe_mlp(*held, handle, "cuda", packed.layer.text)
+        out = mixed.run(held)
     for seed in (1, 2, 3):
-        fresh = on_device(routing(tokens, 24, 4, 512, BF16, seed=seed))
+        fresh = on_device(routing(tokens, 24, 4, HIDDEN, BF16, seed=seed))
         for mine, new in zip(held, fresh, strict=True):
             mine.copy_(new)
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(out, cuda.moe_mlp(packed.layer, handle, *fresh))
+        assert torch.equal(out, mixed.run(fresh))
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 100])
-def test_the_same_bits_every_time(mixed: tuple[Packed, list[Tensor]], tokens: int) -> None:
+def test_the_same_bits_every_time(mixed: Prepared, tokens: int) -> None:
     """While another stream keeps the device busy, and in a row without waiting (the second kernel starts early)."""
-    packed, handle = mixed
-    many = [on_device(routing(tokens, 24, 4, 512, BF16, seed=seed)) for seed in range(8)]
+    many = [on_device(routing(tokens, 24, 4, HIDDEN, BF16, seed=seed)) for seed in range(8)]
     wanted = []
     for inputs in many:
-        wanted.append(cuda.moe_mlp(packed.layer, handle, *inputs))
+        wanted.append(mixed.run(inputs))
         torch.cuda.synchronize()
     busy, other = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
-    for _ in range(10):
+    for _ in range(REPEATS):
         with torch.cuda.stream(busy):
             other = other @ other * 1e-3
-        found = [cuda.moe_mlp(packed.layer, handle, *inputs) for inputs in many]
+        found = [mixed.run(inputs) for inputs in many]
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_work_goes_to_the_current_stream(mixed: tuple[Packed, list[Tensor]]) -> None:
-    packed, handle = mixed
-    hidden, ids, gates = on_device(routing(4, 24, 4, 512, BF16))
-    wanted = cuda.moe_mlp(packed.layer, handle, hidden, ids, gates)
+def test_work_goes_to_the_current_stream(mixed: Prepared) -> None:
+    hidden, ids, gates = on_device(routing(4, 24, 4, HIDDEN, BF16))
+    wanted = mixed.run([hidden, ids, gates])
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         late = torch.zeros_like(hidden)
         torch.cuda._sleep(20_000_000)
         late.copy_(hidden)  # a kernel on another stream would read zeros
-        found = cuda.moe_mlp(packed.layer, handle, late, ids, gates)
+        found = mixed.run([late, ids, gates])
     side.synchronize()
     assert torch.equal(found, wanted)
 
 
-def test_the_backend_is_chosen() -> None:
-    packed = experts([(Scheme(4, 32), Scheme(3, 32))] * 2, 64, 32)
-    assert ops.choose(packed.layer, torch.device("cuda")).backend == "cuda"
-    assert ops.choose(packed.layer, torch.device("cpu")).backend != "cuda"
+def test_the_best_that_fits_is_chosen() -> None:
+    layer, device = experts([(Scheme(4, 32), Scheme(3, 32))] * 2, 64, 32).layer, torch.device("cuda")
+    able = [name for name in ("cuda", "triton") if ops.unavailable(name) is None]
+    assert able and ops.choose(layer, device).backend == able[0]
+    assert ops.choose(layer, device, torch.float32).backend == ("triton" if "triton" in able else "torch")
+    assert ops.choose(layer, torch.device("cpu")).backend not in able

@@ -1,0 +1,113 @@
+"""The machine code of the CUDA kernels on every architecture: registers, no spills, tensor cores. No device needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from moecompress_kernels import cuda_build
+from moecompress_kernels.build import SOURCES, BuildError
+
+# three, two and one block on a multiprocessor; repacking runs once
+LIMITS = {"decode_up": 80, "decode_down": 64, "prefill": 255, "pack_tiles": 96}
+KERNELS = {  # of a unit: decode_up for 2 types x gated or not, decode_down for 2; prefill for 2 x (2 shapes, sum)
+    "cuda_decode": 6,
+    "cuda_prefill": 6,
+    "cuda_sort": 3,
+    "cuda_repack": 2,
+}
+WIDTHS = 5  # loops of a kernel, one for each
+# (in the name, mma in a loop). Decode: eight steps along a tile, in each one a row tile and one for the tokens' sums.
+# Prefill: four steps (a loop over halves stays one), in each two row tiles times the groups of eight tokens.
+PRODUCTS = {
+    r"decode_up.*Li1E": 8 * (1 + 1),
+    r"decode_up.*Li2E": 8 * (2 + 1),
+    r"decode_down": 8 * (1 + 1),
+    r"prefill.*Li2E": 4 * 2 * 2,
+    r"prefill.*Li8E": 4 * 2 * 8,
+    r"sum_slots": 0,
+}
+COMPILED = re.compile(
+    r"Compiling entry function '(\S+)' for '(\w+)'.*?"
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    re.S,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> list[str]:
+    try:
+        return cuda_build.find_nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def unit(request: pytest.FixtureRequest, nvcc: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(object file with code for all architectures, what ptxas said) of a unit."""
+    out = tmp_path_factory.mktemp("code") / f"{request.param}.o"
+    flags = [*cuda_build.FLAGS, *cuda_build.targets(cuda_build.ARCHITECTURES), "-Xptxas", "-v"]
+    command = [*nvcc, *flags, "-c", str(SOURCES / f"{request.param}.cu"), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out, done.stderr
+
+
+@pytest.fixture
+def cuobjdump(nvcc: list[str]) -> str:
+    """The disassembler: nvcc's own, or the one that Triton brings."""
+    triton = importlib.util.find_spec("triton")
+    folders = [None, str(Path(shutil.which(nvcc[0]) or nvcc[0]).resolve().parent)]
+    folders += [f"{place}/backends/nvidia/bin" for place in (triton.submodule_search_locations or () if triton else ())]
+    for folder in folders:
+        if found := shutil.which("cuobjdump", path=folder):
+            return found
+    pytest.skip("no cuobjdump beside nvcc or in Triton")
+
+
+def test_no_spills_on_any_architecture(unit: tuple[Path, str]) -> None:
+    path, said = unit
+    found = COMPILED.findall(said)
+    assert Counter(arch for _, arch, *_ in found) == {
+        f"sm_{one}": KERNELS[path.stem] for one in cuda_build.ARCHITECTURES
+    }
+    for name, arch, stored, loaded, registers in found:
+        assert int(stored) + int(loaded) == 0, f"{name} on {arch} spills"
+        limit = next((most for part, most in LIMITS.items() if part in name), 64)
+        assert int(registers) <= limit, f"{name} on {arch}: {registers} registers, limit {limit}"
+
+
+def instructions(cuobjdump: str, path: Path, architecture: str) -> dict[str, Counter[str]]:
+    """Of each kernel: how often each instruction (without its suffixes) is there."""
+    command = [cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in text.split("Function : ")[1:]:
+        name, code = part.split("\n", 1)
+        words = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M)
+        found[name.strip()] = Counter(words)
+    return found
+
+
+@pytest.mark.parametrize("unit", ["cuda_decode", "cuda_prefill"], indirect=True)
+@pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
+def test_products_are_on_tensor_cores(unit: tuple[Path, str], architecture: str, cuobjdump: str) -> None:
+    """As many mma as the loops have, copies past the registers, no local memory, the early start on 9.0 alone."""
+    found = instructions(cuobjdump, unit[0], architecture)
+    assert len(found) == KERNELS[unit[0].stem]
+    for name, counts in found.items():
+        products = next(number for part, number in PRODUCTS.items() if re.search(part, name))
+        assert counts["HMMA"] == WIDTHS * products, name
+        assert bool(counts["LDGSTS"]) == bool(products), name
+        assert not counts["LDL"] and not counts["STL"], name
+        early = architecture == "90a"
+        assert bool(counts["PREEXIT"]) == (early and "decode_up" in name), name
+        assert bool(counts["ACQBULK"]) == (early and "decode_down" in name), name
