@@ -13,7 +13,7 @@ from moecompress_kernels.layer import Layer, Matrix
 _TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _VALUES = {"raw": 0, "symmetric": 1, "binary": 2, "int": 3, "float": 4}
 _FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
-SPARE = 8192  # bytes after everything else, for prefetches past the end
+SPARE = 16384  # bytes after everything else, for prefetches past the end
 _PANEL, _TILE, _LINE = 32, 32, 64
 _MATRIX, _INPUT, _LAYER = struct.Struct("=20q"), struct.Struct("=qdqqqqqq"), struct.Struct("=6q3d3q")
 
