@@ -77,6 +77,11 @@ def compile_cuda(target: Path, architectures: Sequence[str]) -> None:
         compile_and_link(objects, compile_one, [*nvcc, "-shared", "-cudart", "static", *objects.values()], target)
 
 
+def link(nvcc: Sequence[str], objects: Sequence[str], target: Path) -> None:
+    """One library of the units' object files, with CUDA's own runtime in it. Raises BuildError."""
+    call([*nvcc, "-shared", "-cudart", "static", "-o", str(target), *objects])
+
+
 def cached_cuda(architecture: str) -> tuple[Path, str]:
     """(library, how it came about) for devices of an architecture: from the cache, or built now. Raises BuildError."""
     one = [architecture]

@@ -93,13 +93,8 @@ class Plan:
 
 def misfit(layer: Layer) -> str | None:
     """What the layout cannot hold of this layer, or None."""
-    shapes = [[(m.rows, m.columns) for m in record.matrices] for record in layer.records]
-    if any(shape != shapes[0] for shape in shapes):
-        return "experts have different sizes"
-    if layer.activation is not None:
-        (up_rows, _), (_, width) = shapes[0]
-        if up_rows != width * (2 if layer.activation.gated else 1):
-            return f"gate_up gives {up_rows} values and down reads {width}"
+    if reason := layer.uneven():
+        return reason
     for matrix in (m for record in layer.records for m in record.matrices):
         if matrix.bits == 16:
             return "a matrix without codes (16 bits) among them"

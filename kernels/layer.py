@@ -87,6 +87,17 @@ class Layer:
     def text(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
+    def uneven(self) -> str | None:
+        """Why its experts cannot be one stack of matrices, or None."""
+        shapes = [[(m.rows, m.columns) for m in record.matrices] for record in self.records]
+        if any(shape != shapes[0] for shape in shapes):
+            return "experts have different sizes"
+        if self.activation is not None:
+            (up_rows, _), (_, width) = shapes[0]
+            if up_rows != width * (2 if self.activation.gated else 1):
+                return f"gate_up gives {up_rows} values and down reads {width}"
+        return None
+
     @property
     def columns(self) -> int:
         """Inputs of the layer (H)."""

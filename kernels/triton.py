@@ -47,14 +47,9 @@ def unfit(layer: Layer, device: torch.device) -> str | None:
 
 def misfit(layer: Layer) -> str | None:
     """What the kernel does not do of this layer, or None."""
+    if reason := layer.uneven():
+        return reason
     matrices = [m for record in layer.records for m in record.matrices]
-    shapes = [[(m.rows, m.columns) for m in record.matrices] for record in layer.records]
-    if any(shape != shapes[0] for shape in shapes):
-        return "experts have different sizes"
-    if layer.activation is not None:
-        (up_rows, _), (_, width) = shapes[0]
-        if up_rows != width * (2 if layer.activation.gated else 1):
-            return f"gate_up gives {up_rows} values and down reads {width}"
     if len({m.dtype for m in matrices}) > 1:
         return "scales of several types among its experts"
     for matrix in matrices:

@@ -107,6 +107,12 @@ def linear(matrix: Weight) -> Packed:
     return Packed(ops.describe_layer([layout], 1), records, slots, [], [])
 
 
+def handle_of(packed: Packed, backend: ops.Backend, device: str) -> list[Tensor]:
+    """What the backend makes of it, with everything on a device."""
+    records, biases = ([one.to(device) for one in part] for part in (packed.records, packed.biases))
+    return backend.prepare(packed.layer, records, packed.slot_map.to(device), biases)
+
+
 def oracle(packed: Packed, hidden: Tensor, ids: Tensor, gates: Tensor, middle: torch.dtype = torch.float64) -> Tensor:
     """The sum over slots in float64, one token and slot at a time. Ids that are no expert's skip their slot.
 

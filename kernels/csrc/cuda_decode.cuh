@@ -81,18 +81,9 @@ MC_DEVICE void multiply_any(const unsigned char* tiles, int pitch, const Descrip
                             float weight0, float weight1, float (&total)[kTiles][4]) {
   weight0 *= d.mul;
   weight1 *= d.mul;
-  switch (d.bits) {
-    case 1:
-      return multiply_tile<T, 1, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
-    case 2:
-      return multiply_tile<T, 2, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
-    case 3:
-      return multiply_tile<T, 3, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
-    case 4:
-      return multiply_tile<T, 4, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
-    default:
-      return multiply_tile<T, 8, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
-  }
+  for_width(d.bits, [&](auto width) {
+    multiply_tile<T, decltype(width)::value, kTiles>(tiles, pitch, d, tokens, lane, weight0, weight1, total);
+  });
 }
 
 // Start copying kTiles tiles, the same column of neighbouring row tiles, into a slot of the ring.

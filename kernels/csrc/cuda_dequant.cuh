@@ -34,6 +34,28 @@ MC_BOTH constexpr int shift_for(int at) {
   return base;
 }
 
+template <int kBits>
+struct Width {
+  static constexpr int value = kBits;
+};
+
+// Calls `work` with the Width of a matrix: a loop is compiled for each of them.
+template <class Work>
+MC_DEVICE void for_width(int bits, const Work& work) {
+  switch (bits) {
+    case 1:
+      return work(Width<1>{});
+    case 2:
+      return work(Width<2>{});
+    case 3:
+      return work(Width<3>{});
+    case 4:
+      return work(Width<4>{});
+    default:
+      return work(Width<8>{});
+  }
+}
+
 // Pair kPair, 0 to 15, of half a tile, which is kBits words of a lane: two values u - 2^(kBits-1).
 template <class T, int kBits, int kPair>
 MC_DEVICE unsigned dequant(const unsigned* words) {

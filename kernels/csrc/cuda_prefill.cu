@@ -220,22 +220,9 @@ MC_KERNEL(kThreads, 1) prefill(PrefillParams p) {
   const int expert = p.block_expert ? p.block_expert[blockIdx.y] : 0, row_tile = blockIdx.x * shape.tiles();
   const Descriptor d = static_cast<const Descriptor*>(p.matrix.table)[expert * p.matrix.matrices + p.matrix.which];
   float acc[kPair][kGroups][4] = {};
-  switch (d.bits) {
-    case 1:
-      prefill_loop<T, 1, kGroups>(shape, stages, p, d, sources, row_tile, acc);
-      break;
-    case 2:
-      prefill_loop<T, 2, kGroups>(shape, stages, p, d, sources, row_tile, acc);
-      break;
-    case 3:
-      prefill_loop<T, 3, kGroups>(shape, stages, p, d, sources, row_tile, acc);
-      break;
-    case 4:
-      prefill_loop<T, 4, kGroups>(shape, stages, p, d, sources, row_tile, acc);
-      break;
-    default:
-      prefill_loop<T, 8, kGroups>(shape, stages, p, d, sources, row_tile, acc);
-  }
+  for_width(d.bits, [&](auto width) {
+    prefill_loop<T, decltype(width)::value, kGroups>(shape, stages, p, d, sources, row_tile, acc);
+  });
   write_results<T, kGroups>(shape, reinterpret_cast<float*>(stages), p, d, expert, targets, row_tile, acc);
 }
 

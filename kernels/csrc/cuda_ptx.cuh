@@ -33,47 +33,31 @@ MC_BOTH float fp16_to_float(unsigned short bits) {
 #endif
 }
 
-struct Bf16 {
-  static constexpr int kMantissa = 7, kBias = 127;
-  static MC_DEVICE unsigned fma2(unsigned a, unsigned b, unsigned c) {
-    unsigned d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-  }
-  static MC_DEVICE unsigned pack2(float low, float high) {
-    unsigned d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-  }
-  static MC_DEVICE float to_float(unsigned short bits) { return bf16_to_float(bits); }
-  static MC_DEVICE void mma(float (&d)[4], const unsigned* a, unsigned b0, unsigned b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-struct Fp16 {
-  static constexpr int kMantissa = 10, kBias = 15;
-  static MC_DEVICE unsigned fma2(unsigned a, unsigned b, unsigned c) {
-    unsigned d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-  }
-  static MC_DEVICE unsigned pack2(float low, float high) {
-    unsigned d;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-  }
-  static MC_DEVICE float to_float(unsigned short bits) { return fp16_to_float(bits); }
-  static MC_DEVICE void mma(float (&d)[4], const unsigned* a, unsigned b0, unsigned b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
+// A 16-bit float: TYPE, its name in PTX; CONVERT, its bits to float32.
+#define MC_SIXTEEN_BITS(Name, MANTISSA, BIAS, TYPE, CONVERT)                                                          \
+  struct Name {                                                                                                        \
+    static constexpr int kMantissa = MANTISSA, kBias = BIAS;                                                           \
+    static MC_DEVICE unsigned fma2(unsigned a, unsigned b, unsigned c) {                                               \
+      unsigned d;                                                                                                      \
+      asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));                                     \
+      return d;                                                                                                        \
+    }                                                                                                                  \
+    static MC_DEVICE unsigned pack2(float low, float high) {                                                           \
+      unsigned d;                                                                                                      \
+      asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));                                        \
+      return d;                                                                                                        \
+    }                                                                                                                  \
+    static MC_DEVICE float to_float(unsigned short bits) { return CONVERT(bits); }                                     \
+    static MC_DEVICE void mma(float (&d)[4], const unsigned* a, unsigned b0, unsigned b1) {                            \
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                              \
+                   ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                        \
+                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                    \
+    }                                                                                                                  \
+  };
+MC_SIXTEEN_BITS(Bf16, 7, 127, "bf16", bf16_to_float)
+MC_SIXTEEN_BITS(Fp16, 10, 15, "f16", fp16_to_float)
+#undef MC_SIXTEEN_BITS
 
 MC_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from packed_layers import Packed, error, experts, oracle, routing
+from packed_layers import Packed, error, experts, handle_of, oracle, routing
 from torch import Tensor
 
 from moecompress import ops
@@ -46,9 +46,7 @@ class Prepared(NamedTuple):
 
 
 def prepared(packed: Packed, name: str) -> Prepared:
-    records, biases = ([one.cuda() for one in part] for part in (packed.records, packed.biases))
-    handle = ops.backend(name).prepare(packed.layer, records, packed.slot_map.cuda(), biases)
-    return Prepared(packed, handle, name)
+    return Prepared(packed, handle_of(packed, ops.backend(name), "cuda"), name)
 
 
 def on_device(inputs: list[Tensor]) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_layers import MIXED, Packed, error, experts, linear, oracle, routing, values, weight
+from packed_layers import MIXED, Packed, error, experts, handle_of, linear, oracle, routing, values, weight
 from torch import Tensor
 
 from moecompress import ops
@@ -38,8 +38,7 @@ def gate(tokens: int, dtype: torch.dtype) -> float:
 
 
 def prepare(packed: Packed) -> list[Tensor]:
-    records, biases = ([one.to(Place.device) for one in part] for part in (packed.records, packed.biases))
-    return cuda.prepare(packed.layer, records, packed.slot_map.to(Place.device), biases)
+    return handle_of(packed, ops.backend("cuda"), Place.device)
 
 
 def run(packed: Packed, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:

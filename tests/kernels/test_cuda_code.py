@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moecompress_kernels import cuda_build
+from moecompress_kernels import cuda, cuda_build
 from moecompress_kernels.build import SOURCES, BuildError
 
 # three, two and one block on a multiprocessor; repacking runs once
@@ -50,15 +51,17 @@ def nvcc() -> list[str]:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module", params=KERNELS)
-def unit(request: pytest.FixtureRequest, nvcc: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(object file with code for all architectures, what ptxas said) of a unit."""
-    out = tmp_path_factory.mktemp("code") / f"{request.param}.o"
+@pytest.fixture(scope="module")
+def units(nvcc: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Unit -> (object file with code for all architectures, what ptxas said)."""
+    folder, made = tmp_path_factory.mktemp("code"), {}
     flags = [*cuda_build.FLAGS, *cuda_build.targets(cuda_build.ARCHITECTURES), "-Xptxas", "-v"]
-    command = [*nvcc, *flags, "-c", str(SOURCES / f"{request.param}.cu"), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return out, done.stderr
+    for unit in KERNELS:
+        command = [*nvcc, *flags, "-c", str(SOURCES / f"{unit}.cu"), "-o", str(folder / f"{unit}.o")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        made[unit] = folder / f"{unit}.o", done.stderr
+    return made
 
 
 @pytest.fixture
@@ -73,12 +76,10 @@ def cuobjdump(nvcc: list[str]) -> str:
     pytest.skip("no cuobjdump beside nvcc or in Triton")
 
 
-def test_no_spills_on_any_architecture(unit: tuple[Path, str]) -> None:
-    path, said = unit
-    found = COMPILED.findall(said)
-    assert Counter(arch for _, arch, *_ in found) == {
-        f"sm_{one}": KERNELS[path.stem] for one in cuda_build.ARCHITECTURES
-    }
+@pytest.mark.parametrize("unit", KERNELS)
+def test_no_spills_on_any_architecture(unit: str, units: dict[str, tuple[Path, str]]) -> None:
+    found = COMPILED.findall(units[unit][1])
+    assert Counter(arch for _, arch, *_ in found) == {f"sm_{one}": KERNELS[unit] for one in cuda_build.ARCHITECTURES}
     for name, arch, stored, loaded, registers in found:
         assert int(stored) + int(loaded) == 0, f"{name} on {arch} spills"
         limit = next((most for part, most in LIMITS.items() if part in name), 64)
@@ -97,12 +98,14 @@ def instructions(cuobjdump: str, path: Path, architecture: str) -> dict[str, Cou
     return found
 
 
-@pytest.mark.parametrize("unit", ["cuda_decode", "cuda_prefill"], indirect=True)
+@pytest.mark.parametrize("unit", ["cuda_decode", "cuda_prefill"])
 @pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
-def test_products_are_on_tensor_cores(unit: tuple[Path, str], architecture: str, cuobjdump: str) -> None:
+def test_products_are_on_tensor_cores(
+    unit: str, architecture: str, units: dict[str, tuple[Path, str]], cuobjdump: str
+) -> None:
     """As many mma as the loops have, copies past the registers, no local memory, the early start on 9.0 alone."""
-    found = instructions(cuobjdump, unit[0], architecture)
-    assert len(found) == KERNELS[unit[0].stem]
+    found = instructions(cuobjdump, units[unit][0], architecture)
+    assert len(found) == KERNELS[unit]
     for name, counts in found.items():
         products = next(number for part, number in PRODUCTS.items() if re.search(part, name))
         assert counts["HMMA"] == WIDTHS * products, name
@@ -111,3 +114,17 @@ def test_products_are_on_tensor_cores(unit: tuple[Path, str], architecture: str,
         early = architecture == "90a"
         assert bool(counts["PREEXIT"]) == (early and "decode_up" in name), name
         assert bool(counts["ACQBULK"]) == (early and "decode_down" in name), name
+
+
+def test_the_library_loads_and_says_what_is_missing(
+    nvcc: list[str], units: dict[str, tuple[Path, str]], tmp_path: Path
+) -> None:
+    """All units link to one library, which ctypes loads with or without a driver; calls give CUDA's own words."""
+    library = tmp_path / "cuda.so"
+    cuda_build.link(nvcc, [str(path) for path, _ in units.values()], library)
+    loaded = cuda.load(library)
+    for name in ("decode", "prefill", "linear_decode", "linear_prefill", "sort", "pack", "unpack"):
+        assert getattr(loaded, f"mc_cuda_{name}")
+    facts = (ctypes.c_int * 3)()
+    code = loaded.mc_cuda_device(facts)
+    assert (code == 0 and facts[0] >= 50) or b"CUDA" in loaded.mc_cuda_error(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_a_library_is_built_once_for_each_architecture(monkeypatch: pytest.Monke
     assert len(log.read_text().splitlines()) == len(calls)
     other, _ = cuda_build.cached_cuda("86")
     assert other != first and "sm_86,compute_80" in log.read_text().splitlines()[len(calls)]
+
+
+def test_processes_that_need_a_library_at_once_build_it_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = f"import time; time.sleep(0.3)\n{WRITES}\nopen({str(log)!r}, 'a').write('called' + chr(10))"
+    environment = dict(os.environ) | {"NVCC": str(fake_nvcc(tmp_path, script)), CACHE: str(tmp_path / "cache")}
+    code = "from moecompress_kernels.cuda_build import cached_cuda; print(cached_cuda('80')[0].read_text())"
+    both = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    assert [one.communicate()[0].strip() for one in both] == [b"built", b"built"]
+    assert len(log.read_text().splitlines()) == len(cuda_build.UNITS) + 1
 
 
 def test_libraries_are_built_ahead_of_time(

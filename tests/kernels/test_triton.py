@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_layers import MIXED, Packed, error, experts, linear, oracle, routing, values, weight
+from packed_layers import MIXED, Packed, error, experts, handle_of, linear, oracle, routing, values, weight
 from torch import Tensor
 
 from moecompress import ops
@@ -45,8 +45,7 @@ def run_linear(packed: Packed, inputs: Tensor, place: str) -> Tensor:
 
 
 def prepare(packed: Packed, place: str) -> list[Tensor]:
-    records, biases = ([one.to(place) for one in part] for part in (packed.records, packed.biases))
-    return backend.prepare(packed.layer, records, packed.slot_map.to(place), biases)
+    return handle_of(packed, ops.backend("triton"), place)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
