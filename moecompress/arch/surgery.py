@@ -89,11 +89,17 @@ def without_experts(layer: LayerFacts, weights: LayerWeights, empty: Sequence[in
 def resized_config(config: Any, before: MoESite, after: MoESite) -> Any:
     """A copy of a transformers config whose counts are those of `after`; `before`: what it says now.
 
-    Raises ValueError when it has no entry for a count that changes.
+    Raises ValueError when it has no entry for a count that changes, or does not allow the new one.
     """
     made = deepcopy(config)
+    text = made.get_text_config()
     for name, value in _changes(config.get_text_config(), before, after).items():
-        setattr(made.get_text_config(), name, value)
+        setattr(text, name, value)
+    if callable(check := getattr(text, "validate", None)):  # what transformers does when it reads the output
+        try:
+            check()
+        except Exception as error:
+            raise ValueError(str(error.__cause__ or error)) from error
     return made
 
 

@@ -62,7 +62,10 @@ def _check_layer(module: nn.Module, layer: LayerFacts) -> None:
     if site is None:
         text = f"{layer.name} has {', '.join(wrong[:3])}"
     else:
-        shape = found[f"{site.experts}.down_proj"]
+        shape = found.get(f"{site.experts}.down_proj", ())
+        if not shape:
+            text = f"with {site.choices} experts, {layer.name} has no routed experts"
+            raise UnsupportedModel(message("the changed configuration", text, then="keep more experts"))
         size = shape[1] if site.transposed else shape[2]
         if (shape[0], size) != (site.choices, site.width):
             wrong.append(f"{site.experts} {shape}")

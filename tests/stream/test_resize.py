@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,17 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moecompress.arch.quirks import shape_names
 from moecompress.arch.surgery import keep_experts
+from moecompress.errors import UnsupportedModel
 from moecompress.passes.prune_random import PruneRandom
 from moecompress.stream.collect import Collector
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.stream.resize import with_resized
+from moecompress.stream.skeleton import load_config
 from moecompress.stream.streams import final_logits, run_layer
 from moecompress.types import LayerWeights
 
 KEPT, DROPPED = [0, 1, 3, 4, 6, 7], [2, 5]  # of 8 experts; in two groups of four, three stay in each
 # deepseek_v4 has layers that stay whole because they look experts up by token id: tests/passes/test_uneven.py
 PRUNED = [name for name in engine.STREAMED if name != "deepseek_v4"]
+#: counts that a family's own configuration does not know as a layer of experts
+REFUSED = {("dots3_note_text", 1): "two experts per group", ("jamba", 1): "no routed experts"}
 STEP = PruneRandom(keep=6, protect=())
 IDS = engine.random_ids(3, 16)
 
@@ -95,6 +101,30 @@ def test_pruned_is_masked_bit_for_bit(model_type: str, tmp_path: Path) -> None:
         final_logits(model, run, "original"), final_logits(model, run, "compressed"), strict=True
     ):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("model_type", PRUNED)
+def test_config_json_says_other_counts_in_every_spelling(model_type: str, tmp_path: Path) -> None:
+    """Three experts of which a token uses two, without groups; then one, of which it uses one."""
+    source = open_model(families.save_tiny(model_type, tmp_path))
+    site = source.facts.moe_layers[0].site
+    assert site is not None
+    for count, used in ((3, 2), (1, 1)):
+        step = PruneRandom(keep=count, protect=(), top_k="lower", group_policy="ungroup")
+        refused = PruneRandom(keep=count, protect=(), group_policy="ungroup").check(source.facts)
+        assert step.check(source.facts) == [] and bool(refused) == (count < site.top_k)
+        if (model_type, count) in REFUSED:
+            with pytest.raises(UnsupportedModel, match=REFUSED[model_type, count]):
+                with_resized(source, step.reshape(source.facts))
+            continue
+        made = with_resized(source, step.reshape(source.facts)).resized[count]
+        (tmp_path / "config.json").write_text(json.dumps(made.raw_config))
+        config = load_config(tmp_path)
+        before = shape_names(source.config.get_text_config(), 8, 2, site.width)
+        after = shape_names(config.get_text_config(), count, used, site.width)
+        assert before["experts"] and before["top_k"]
+        assert all(set(before[key]) <= set(after[key]) for key in ("experts", "top_k"))
+        assert all(getattr(config.get_text_config(), name) == 1 for name in before["groups"] + before["top_groups"])
 
 
 def test_only_experts_and_their_router_entries_change(tmp_path: Path) -> None:
