@@ -1,6 +1,6 @@
 """Time the allocation solvers on synthetic models of DeepSeek-V3's size; check PMQ against released allocations.
 
-    python scripts/bench_allocation.py [--seconds 60] [--solvers ours,highs,cbc] [--json FILE]
+    python scripts/bench_allocation.py [--seconds 60] [--solvers ours,highs,cbc] [--instances 58x256,...] [--json FILE]
     python scripts/bench_allocation.py --released FILE
 
 The instances are 58 layers x 256 experts, and the same x 3 matrices (equal sizes, and six different ones with 4.25-like
@@ -21,6 +21,11 @@ import numpy as np
 from moecompress.numerics.allocation import Problem, highs, pmq, pmq_cost, solve, solve_pulp
 
 WIDTHS = np.array([1, 2, 3, 4])
+INSTANCES = {  # units, and whether they have six sizes
+    "58x256": (58 * 256, False),
+    "58x256x3": (58 * 256 * 3, False),
+    "58x256x3-six-sizes": (58 * 256 * 3, True),
+}
 
 
 def instance(units: int, sizes: bool) -> Problem:
@@ -37,8 +42,11 @@ def instance(units: int, sizes: bool) -> Problem:
 def main() -> None:
     """Parse arguments; print one line per instance and solver, or the released check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="time limit of HiGHS and CBC")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="time limit of HiGHS and CBC, building the model apart"
+    )
     parser.add_argument("--solvers", default="ours,highs,cbc")
+    parser.add_argument("--instances", default=",".join(INSTANCES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--released", type=Path, help="published statistics and allocations to compare with")
     arguments = parser.parse_args()
@@ -51,12 +59,8 @@ def main() -> None:
         "cbc": lambda problem: solve_pulp(problem, gap=1e-6, seconds=arguments.seconds),
     }
     rows = []
-    for name, units, sizes in (
-        ("58x256", 58 * 256, False),
-        ("58x256x3", 58 * 256 * 3, False),
-        ("58x256x3, six sizes", 58 * 256 * 3, True),
-    ):
-        problem = instance(units, sizes)
+    for name in arguments.instances.split(","):
+        problem = instance(*INSTANCES[name])
         for solver in arguments.solvers.split(","):
             began = time.perf_counter()
             try:
