@@ -50,13 +50,14 @@ def misfit(layer: Layer) -> str | None:
     if reason := layer.uneven():
         return reason
     matrices = [m for record in layer.records for m in record.matrices]
+    for of_experts in zip(*(record.matrices for record in layer.records), strict=True):
+        if len({(m.rounding, m.clip) for m in of_experts}) > 1:
+            return "inputs rounded in several ways among its experts"
     if len({m.dtype for m in matrices}) > 1:
         return "scales of several types among its experts"
     for matrix in matrices:
         if matrix.bits == 16:
             return "a matrix without codes (16 bits) among them"
-        if matrix.rounding:
-            return f"inputs rounded to {matrix.rounding} bits at run time"
         if matrix.group != matrix.columns and matrix.group % 16:
             return f"groups of {matrix.group} columns, not a multiple of 16"
     return None
@@ -162,7 +163,9 @@ def _product(
     """A matrix of every slot's expert times the slot's inputs, in `dtype` [slots, .]; the first of two, activated."""
     from moecompress_kernels import triton_kernels as device
 
-    facts = _facts(layer, matrix)
+    facts, steps = _facts(layer, matrix), None
+    if facts.rounding:
+        inputs, steps = rounded(inputs, facts.rounding, facts.clip)
     # Triton's interpreter multiplies bfloat16 wrongly and rounds to it wrongly; float32 holds the same values.
     plain = device.INTERPRETED and torch.bfloat16 in (inputs.dtype, dtype)
     multiply = torch.float32 if plain else inputs.dtype
@@ -171,7 +174,7 @@ def _product(
     grid = (-(-facts.width // _CHANNELS), cut.number)
     with torch.cuda.device(inputs.device) if inputs.is_cuda else nullcontext():
         device.product[grid](
-            *(inputs, out, handle[0], handle[1][matrix], cut.blocks, cut.order, weights, bias),
+            *(inputs, steps, out, handle[0], handle[1][matrix], cut.blocks, cut.order, weights, bias),
             *(cut.count, per_row, facts.columns, facts.width, layer.experts),
             *(act.alpha, math.inf if act.limit is None else act.limit, act.shift),
             MULTIPLY=_word(multiply),
@@ -189,7 +192,10 @@ def _product(
 
 
 class Facts(NamedTuple):
-    """What the kernel is compiled for. width: of the result; step: columns that share a scale in every expert."""
+    """What the kernel is compiled for, and how its inputs are rounded.
+
+    width: of the result. step: columns that share a scale in every expert.
+    """
 
     columns: int
     width: int
@@ -199,6 +205,8 @@ class Facts(NamedTuple):
     function: str
     activation: Activation
     step: int
+    rounding: int
+    clip: float
 
 
 @lru_cache(maxsize=1024)
@@ -216,7 +224,18 @@ def _facts(layer: Layer, number: int) -> Facts:
         act.function if act else "none",
         act or Activation("relu", gated=False),
         min(steps, default=_COLUMNS),
+        one.rounding,
+        one.clip,
     )
+
+
+def rounded(inputs: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+    """(codes as float16 [n, c], which holds them exactly; steps float32 [n]), as `layer.Matrix` says; NaN stays NaN."""
+    most = 2 ** (bits - 1) - 1
+    values = inputs.float()
+    steps = values.abs().amax(-1, keepdim=True) * (clip / most)
+    steps = torch.where(steps == 0, 1.0, steps)
+    return torch.round(values / steps).clamp_(-most - 1, most).half(), steps[:, 0].contiguous()
 
 
 def _word(dtype: torch.dtype) -> Any:

@@ -48,6 +48,16 @@ def _columns(
 
 
 @triton.jit
+def _completed(sums, steps, rows, valid, bias, at, kept):
+    """Sums [TOKENS, CHANNELS] times the steps of their rows, plus the bias at `at` [CHANNELS]."""
+    if steps is not None:
+        sums *= tl.load(steps + rows, mask=valid, other=0.0)[:, None]
+    if bias is not None:
+        sums += tl.load(bias + at, mask=kept, other=0.0).to(tl.float32)[None, :]
+    return sums
+
+
+@triton.jit
 def _activated(gate, up, alpha, limit, shift, FUNCTION: tl.constexpr, GATED: tl.constexpr):
     """f(min(gate, limit)) * (clamp(up, +-limit) + shift); comparisons are written so that NaN stays NaN."""
     gate = tl.where(gate > limit, limit, gate)
@@ -88,18 +98,19 @@ def _slots(block, blocks, order, count, TOKENS: tl.constexpr):
 
 @triton.jit
 def product(
-    inputs, out, blob, table, blocks, order, weights, bias,
+    inputs, steps, out, blob, table, blocks, order, weights, bias,
     count, per_row, columns, width, experts, alpha, limit, shift,
     MULTIPLY: tl.constexpr, SCALES: tl.constexpr, OFFSETS: tl.constexpr, STRADDLE: tl.constexpr,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[slot] = activation(matrix of the slot's expert @ inputs[slot // per_row] + bias) * weight, [., width].
+    """out[slot] = activation(matrix of the slot's expert @ inputs[r] * steps[r] + bias) * weight, r = slot // per_row.
 
     Program (c, b) gives CHANNELS values to the slots of block b. Blocks: without `blocks` TOKENS neighbours of the
     `count` rows of a Linear; without `order` one slot, whose expert is blocks[b]; else order[first:end] of expert e,
     where blocks[b] = (e, first, end). Slots of an expert that does not exist become 0. table: int64 [E, 6], see
-    triton.py. inputs are multiplied as MULTIPLY. FUNCTION "none" with GATED False: no activation.
+    triton.py. inputs are multiplied as MULTIPLY. steps: of inputs that are codes, or None. FUNCTION "none" with GATED
+    False: no activation.
     """
     expert, slots, valid = _slots(tl.program_id(1).to(tl.int64), blocks, order, count, TOKENS)
     exists = (expert >= 0) & (expert < experts)
@@ -121,11 +132,11 @@ def product(
     )
     gate = tl.zeros([TOKENS, CHANNELS], tl.float32)
     up = tl.zeros([TOKENS, CHANNELS], tl.float32)
-    row = (slots // per_row) * columns
+    rows = slots // per_row
     for start in range(0, tl.where(exists, columns, 0), COLUMNS):
         k = start + tl.arange(0, COLUMNS)
-        x = tl.load(inputs + row[:, None] + k[None, :], mask=valid[:, None] & (k < columns)[None, :], other=0.0)
-        x = x.to(MULTIPLY)
+        there = valid[:, None] & (k < columns)[None, :]
+        x = tl.load(inputs + rows[:, None] * columns + k[None, :], mask=there, other=0.0).to(MULTIPLY)
         sums = tl.sum(x.to(tl.float32), 1)
         gate += _columns(
             x, sums, blob, codes, scales, zeros, bits, group, kind, first, kept, start, columns,
@@ -136,11 +147,10 @@ def product(
                 x, sums, blob, codes, scales, zeros, bits, group, kind, second, kept, start, columns,
                 SCALES, OFFSETS, STRADDLE, TOKENS, COLUMNS,
             )  # fmt: skip
-    if bias is not None:
-        of_expert = bias + expert * (2 * width if GATED else width)
-        gate += tl.load(of_expert + first, mask=kept, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(of_expert + second, mask=kept, other=0.0).to(tl.float32)[None, :]
+    biases = expert * (2 * width if GATED else width)
+    gate = _completed(gate, steps, rows, valid, bias, biases + first, kept)
+    if GATED:
+        up = _completed(up, steps, rows, valid, bias, biases + second, kept)
     value = _activated(gate, up, alpha, limit, shift, FUNCTION, GATED)
     if weights is not None:
         value *= tl.load(weights + slots, mask=valid, other=0.0)[:, None]

@@ -124,6 +124,18 @@ def test_inputs_that_a_backend_does_not_take_are_a_reason(monkeypatch: pytest.Mo
     assert choice.refused[0] == ("cuda", "inputs are float32; it takes bfloat16 and float16")
 
 
+def test_triton_is_next_where_the_compiled_library_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _, _ = reference_layer(ops.Activation("silu"))
+    missing = "no nvcc found"
+    monkeypatch.setattr(ops, "unavailable", lambda name: missing if name == "cuda" else None)
+    monkeypatch.setattr(ops.backend("triton"), "_trouble", lambda index: None)
+    choice = ops.choose(layer, torch.device("cuda", 0), torch.float32)
+    assert choice == ops.Choice("triton", (("cuda", missing),))
+    monkeypatch.setattr(ops.backend("triton"), "_trouble", lambda index: "Triton cannot be imported")
+    choice = ops.choose(layer, torch.device("cuda", 0))
+    assert choice.refused[1] == ("triton", "Triton cannot be imported") and choice.backend not in ("cuda", "triton")
+
+
 def test_every_refusal_has_a_reason() -> None:
     layer, _, _ = reference_layer(ops.Activation("silu"))
     choice = ops.choose(layer, torch.device("meta"))  # no backend computes there

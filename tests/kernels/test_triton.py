@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from packed_layers import MIXED, Packed, error, experts, handle_of, linear, orac
 from torch import Tensor
 
 from moecompress import ops
+from moecompress.numerics.activation import activation_codes
 from moecompress.types import QuantizedTensor, Scheme
 from moecompress_kernels import triton as backend
 from moecompress_kernels.layer import Matrix, Record
@@ -116,6 +118,24 @@ def test_linears(tokens: int, place: str) -> None:
     assert error(run_linear(packed, inputs, place), inputs.double() @ values(matrix).T) < LIMITS[FP16]
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_rounded_inputs(dtype: torch.dtype, place: str) -> None:
+    """int4 and int8 codes per token, clipped, on both projections: what PyTorch's own path gives; a token of zeros."""
+    up, down = Scheme(4, 32, activation="int4", activation_clip=0.8), Scheme(3, 32, activation="int8")
+    packed = experts([(up, down), (replace(up, bits=8), replace(down, bits=4))], 64, 32, bias=True)
+    for tokens in (1, 5):
+        inputs = routing(tokens, 2, 2, 64, dtype, seed=3)
+        inputs[0][tokens - 1] *= tokens == 1
+        plain = ops.backend("torch")
+        wanted = plain.moe_mlp(packed.layer, handle_of(packed, plain, "cpu"), *inputs)
+        assert error(run(packed, inputs, place), wanted) < (1e-5 if dtype == FP32 else 1e-2)
+    matrix = weight(24, 64, Scheme(4, 32, activation="int8"))
+    units = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
+    codes, steps = activation_codes(units, 8)
+    found = run_linear(linear(matrix), units, place)
+    assert error(found, (codes.double() * steps.double()) @ values(matrix).T) < LIMITS[FP32]
+
+
 def test_odd_routing(place: str) -> None:
     """One expert for all, an id twice in a token, ids outside the range on both sides, tokens with no expert."""
     packed = experts([W4] * 3, 32, 32)
@@ -136,6 +156,7 @@ def test_nothing_to_do(tokens: int, slots: int, place: str) -> None:
         assert run_linear(linear(weight(8, 64, Scheme(4))), torch.ones(0, 64), place).shape == (0, 8)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_stay_in_their_row(bad: float, place: str) -> None:
     packed = experts([W4, (Scheme(3, 32), Scheme(4, 32))], 64, 32)
@@ -199,7 +220,6 @@ def layer_of(**changes: object) -> ops.Layer:
     ("changes", "reason"),
     [
         ({"bits": 16, "values": "raw"}, "16 bits"),
-        ({"rounding": 8}, "rounded to 8 bits"),
         ({"columns": 60, "group": 20}, "groups of 20 columns"),
     ],
 )
@@ -212,6 +232,9 @@ def test_experts_that_differ_have_a_reason() -> None:
     one, larger, other = layer_of().records[0], layer_of(rows=128).records[0], layer_of(dtype="float16").records[0]
     assert backend.misfit(ops.Layer(2, (one, larger))) == "experts have different sizes"
     assert backend.misfit(ops.Layer(2, (one, other))) == "scales of several types among its experts"
+    rounding = layer_of(rounding=8).records[0]
+    assert backend.misfit(ops.Layer(2, (one, rounding))) == "inputs rounded in several ways among its experts"
+    assert backend.misfit(ops.Layer(1, (rounding,))) is None
     assert backend.unfit(layer_of(), torch.device("cpu")) == "the weights are on cpu"
 
 
@@ -222,14 +245,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moecompress_kernels.triton_kernels import product
 
-pointers = {"inputs": "*%(dtype)s", "out": "*%(dtype)s", "blob": "*u8", "table": "*i64", "blocks": "*i64"}
-pointers |= {"order": "*i64", "weights": "*fp32", "bias": "*%(dtype)s"}
+pointers = {"inputs": "*%(dtype)s", "steps": "*fp32", "out": "*%(dtype)s", "blob": "*u8", "table": "*i64"}
+pointers |= {"blocks": "*i64", "order": "*i64", "weights": "*fp32", "bias": "*%(dtype)s"}
 whole = dict.fromkeys(["count", "per_row", "columns", "width", "experts"], "i32")
 real = dict.fromkeys(["alpha", "limit", "shift"], "fp32")
 words = {"MULTIPLY": triton.language.dtype("%(dtype)s"), "SCALES": triton.language.bfloat16, "OFFSETS": True}
 words |= {"STRADDLE": True, "FUNCTION": "silu", "GATED": True, "INTERLEAVED": False, "CHANNELS": 32, "COLUMNS": 64}
 for tokens in (1, 16, 64):
-    constants = words | {"TOKENS": tokens} | ({"order": None} if tokens == 1 else {})
+    constants = words | {"TOKENS": tokens} | ({"order": None, "steps": None} if tokens == 1 else {})
     signature = {**pointers, **whole, **real, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(product, {name: signature[name] for name in product.arg_names}, constants)
     made = triton.compile(source, target=GPUTarget("cuda", %(capability)d, 32))
