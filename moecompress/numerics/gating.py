@@ -7,6 +7,7 @@ at least one expert stays by construction, and no expert is dropped before a wea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +47,25 @@ def mask_logits(hidden: Tensor, ranked: Tensor, tensors: dict[str, Tensor]) -> T
     x = x * (x.square().mean(-1, keepdim=True) + _EPS).rsqrt()
     features = torch.cat([x, ranked.float()], -1)
     return F.linear(F.silu(F.linear(features, tensors["w_in"])), tensors["w_out"], tensors["start"])
+
+
+def shift_to_share(logits: Sequence[Tensor], share: float) -> float:
+    """The s for which the largest z_n - s n keeps `share` of the slots, on average over tokens and then layers.
+
+    logits: of every layer [T, K], n = 0..K-1 for the first n + 1 slots. What is kept falls with s: the s is where it
+    has just come down to `share`, and where one slot each is all that is kept when the share is less than that.
+    """
+
+    def kept(shift: float) -> float:
+        counts = [z.double() - shift * torch.arange(z.shape[-1], device=z.device) for z in logits]
+        return sum(float((1 + z.argmax(-1)).double().mean()) / z.shape[-1] for z in counts) / len(counts)
+
+    reach = 1.0 + max(float(z.max() - z.min()) for z in logits)
+    low, high = -reach, reach  # where all slots are kept, and where one is
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(middle) > share else (low, middle)
+    return high
 
 
 def rest_ratios(ranked: Tensor) -> Tensor:

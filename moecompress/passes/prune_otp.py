@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moecompress.experts import materialise
 from moecompress.gate import Gate, Relaxation
-from moecompress.numerics.gating import MASK_ROUTER, mask_router
+from moecompress.numerics.gating import MASK_ROUTER, mask_logits, mask_router, shift_to_share, slot_order
 from moecompress.numerics.grids import is_absent
 from moecompress.passes.base import Decision, LayerContext, Scope
 from moecompress.passes.gating import Gating, site_of, with_gate
@@ -25,6 +25,7 @@ from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, TokenBatc
 
 _MEMORY = 0.9  # of the running mean of kept shares
 _SEEDS = 1 << 62
+_SHIFT_TOKENS = 1024  # per layer on which the final share is met
 
 
 class PruneOTP(Gating):
@@ -34,9 +35,10 @@ class PruneOTP(Gating):
     passes before left it: the softmax over candidates, with Gumbel noise and a falling temperature, weighs the experts
     (straight through in the later steps); the loss is the KL divergence of the predictions from those without pruning,
     plus a penalty on the share of experts kept, whose weight follows the difference to `target`. Nothing else is
-    trained. At inference the largest output decides, per token and without noise.
+    trained. At inference the largest output decides, per token and without noise: what was drawn with noise then uses
+    other shares, so that the outputs are finally shifted, alike for all layers, to meet `target` (`exact`).
 
-    The paper does not give the network's size, schedule, optimiser or penalty: they are ours.
+    The paper does not give the network's size, schedule, optimiser or penalty: they are ours, and so is the shift.
     """
 
     name: ClassVar[str] = "prune.otp"
@@ -54,6 +56,7 @@ class PruneOTP(Gating):
     straight_through: float = Field(0.5, ge=0, le=1, description="share of the steps before the choice itself is used")
     keep_all: float = Field(0.97, gt=0, lt=1, description="probability of keeping all experts at the beginning")
     penalty_rate: float = Field(0.05, gt=0, description="how fast the penalty's weight follows the kept share")
+    exact: bool = Field(True, description="shift the outputs at the end so that calibration tokens use `target`")
     teacher: Literal["compressed", "original"] = Field(
         "compressed", description="whose predictions are learned: of the model before this pass, or of the source"
     )
@@ -75,7 +78,10 @@ class PruneOTP(Gating):
         return True
 
     def measure(self, context: LayerContext) -> Mapping[str, Mapping[str, Tensor]]:
-        return {"routing": {"weights": context.statistics[TokenSample.name]["weights"]}}
+        sample = context.statistics[TokenSample.name]
+        order = slot_order(sample["ids"], sample["weights"])
+        ranked = sample["weights"].gather(-1, order)
+        return {"routing": {"ranked": ranked, "hidden": sample["hidden"][:_SHIFT_TOKENS].clone()}}
 
     def decide(self, context: TrainContext) -> Decision:
         """Train; `share`: kept over all layers in the last steps, by layer; `penalty`: its weight at the end."""
@@ -84,10 +90,12 @@ class PruneOTP(Gating):
             loss, share = training.step(step)
             if (step + 1) % max(1, self.steps // 10) == 0:
                 context.note(f"{self.name}: step {step + 1} of {self.steps}, loss {loss:.4f}, experts used {share:.3f}")
+        shift = training.shift() if self.exact else 0.0
         data = {
             "layers": {str(index): {"renormalise": value} for index, value in training.renormalise.items()},
             "share": {str(index): value for index, value in training.shares.items()},
             "penalty": training.penalty,
+            "shift": shift,
         }
         return Decision(data, {f"{index}.{name}": leaf.detach() for (index, name), leaf in training.leaves.items()})
 
@@ -124,7 +132,7 @@ class _Training:
         self._run = context.tokens[name]
         self._rows = self._batches(len(self._run.tokens.ids), self._run.tokens.heldout)
         self.renormalise = {
-            index: step.renormalises(found["routing"]["weights"]) for index, found in sorted(context.statistics.items())
+            index: step.renormalises(found["routing"]["ranked"]) for index, found in sorted(context.statistics.items())
         }
         self.leaves: dict[tuple[int, str], Tensor] = {}
         for index in self.renormalise:
@@ -182,6 +190,20 @@ class _Training:
         self._mean = _MEMORY * self._mean + (1 - _MEMORY) * share
         self.penalty = max(0.0, self.penalty + self._step.penalty_rate * (self._mean - self._step.target))
         return value, share
+
+    def shift(self) -> float:
+        """Shift every layer's outputs so that the sampled tokens use the target; returns by how much per slot."""
+        outputs, starts = [], []
+        for index in self.renormalise:
+            found = self._context.statistics[index]["routing"]
+            tensors = {name: self.leaves[index, f"{GATE}{name}"].detach() for name in MASK_ROUTER}
+            hidden = found["hidden"]
+            outputs.append(mask_logits(hidden, found["ranked"][: len(hidden)], tensors))
+            starts.append(tensors["start"])
+        by = shift_to_share(outputs, self._step.target)
+        for start in starts:
+            start -= by * torch.arange(len(start))
+        return by
 
     def _teacher(self, rows: list[int]) -> Tensor:
         found = final_logits(self._context.model, self._run, self._step.teacher, rows)

@@ -19,6 +19,7 @@ from moecompress.numerics.gating import (
     received_attention,
     relaxed_mask,
     rest_ratios,
+    shift_to_share,
     slot_order,
 )
 
@@ -184,6 +185,27 @@ def test_a_new_router_keeps_all_with_the_probability_asked_for() -> None:
     p = mask_logits(hidden, weights, made).softmax(-1)
     torch.testing.assert_close(p[:, -1], torch.full((T,), 0.97))
     torch.testing.assert_close(p[:, 0], torch.full((T,), 0.01))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.8, 0.95])
+def test_a_shift_meets_the_share_and_drops_where_least_is_lost(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(300, K, generator=generator) + torch.tensor([0.0, 1.0, 2.0, 6.0]) for _ in range(3)]
+    assert all(bool((z.argmax(-1) == K - 1).float().mean() > 0.9) for z in logits)  # unshifted nearly all is kept
+    shift = shift_to_share(logits, share)
+    chosen = [(z - shift * torch.arange(K)).argmax(-1) for z in logits]
+    kept = sum(float((1 + n).double().mean()) / K for n in chosen) / len(logits)
+    assert share - 1 / 300 <= kept <= share + 1e-9
+    for z, n in zip(logits, chosen, strict=True):  # per token no other number is better at this price
+        best = z.gather(1, n[:, None]) - shift * n[:, None]
+        assert bool((z - shift * torch.arange(K) <= best + 1e-6).all())
+
+
+def test_the_ends_of_a_shift() -> None:
+    logits = [torch.randn(50, K, generator=torch.Generator().manual_seed(0))]
+    for share, n in ((1.0, K - 1), (1 / K, 0), (0.1, 0)):
+        shift = shift_to_share(logits, share)
+        assert bool(((logits[0] - shift * torch.arange(K)).argmax(-1) == n).all())
 
 
 def test_protected_tokens_keep_all() -> None:

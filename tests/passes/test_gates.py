@@ -227,6 +227,17 @@ def test_a_lower_target_leaves_fewer_experts_and_only_gates_learn(source: Path, 
     assert shares[0] > 0.9 and shares[1] < shares[0] - 0.2, shares
 
 
+@pytest.mark.parametrize("target", [0.5, 0.8])
+def test_the_target_is_met_whatever_was_learned(target: float, source: Path, tmp_path: Path) -> None:
+    """Two steps change nothing that the largest output would show: only the shift meets the target."""
+    keys = {"steps": 2, "batch": 2, "target": target}
+    for exact in (True, False):
+        out = run(tmp_path / str(exact), source, RTN, {"prune.otp": {**keys, "exact": exact}})
+        use = [row["use"] for row in engine.read_json(out / "moecompress" / "report.json")["layers"]]
+        share = sum(one["experts"] / one["experts_before"] for one in use) / len(use)
+        assert share == pytest.approx(target if exact else 1.0, abs=0.1)  # of other sequences, 24 tokens
+
+
 def test_keys() -> None:
     assert PruneOTP().units(2) == 16 and PruneOTP().units(4) == 64 and PruneOTP(width=8).units(4) == 8
     assert PruneTopK().keep is None and not PruneTopK().needs_data and PruneOTP().needs_data
