@@ -18,9 +18,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
-from bench_rows import Rows, arguments_of
+from bench_rows import Rows, arguments_of, reload_here
 
 WIDTHS = {"w3g32": (3, 32), "w2g32": (2, 32)}
 SETS: dict[str, dict[str, Any]] = {
@@ -70,7 +71,8 @@ def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     began = time.perf_counter()
-    out = run(load_recipe(folder / "recipe.yaml"))
+    with mock.patch("moecompress.finish.subprocess.run", reload_here):
+        out = run(load_recipe(folder / "recipe.yaml"))
     seconds = time.perf_counter() - began
     found = evaluate_dir(out, arguments.text, arguments.model, windows=arguments.windows)
     report = json.loads((out / "moecompress" / "report.json").read_text())
@@ -80,7 +82,8 @@ def measured(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: Mapping[str, dict[str, Any]]) -> str:
-    """Markdown: per width and set, KL on every domain, means over seeds; the calibration's own domain in brackets."""
+    """Markdown: per width and set, KL on every domain, means over seeds and the spread of that of other domains; the
+    calibration's own domain in brackets."""
     if not rows:
         return ""
     texts = list(next(iter(rows.values()))["kl"])
@@ -94,8 +97,9 @@ def table(rows: Mapping[str, dict[str, Any]]) -> str:
         kl = {text: statistics.fmean(row["kl"][text] for row in same) for text in texts}
         own = [text for text in texts if name.partition("+")[0] in text]
         cells = [f"({kl[text]:.4f})" if text in own else f"{kl[text]:.4f}" for text in texts]
-        others = statistics.fmean(value for text, value in kl.items() if text not in own)
-        means = f"{statistics.fmean(kl.values()):.4f} | {others:.4f} | {len(same)}"
+        others = [statistics.fmean(row["kl"][text] for text in texts if text not in own) for row in same]
+        spread = f" ± {statistics.stdev(others):.4f}" if len(others) > 1 else ""
+        means = f"{statistics.fmean(kl.values()):.4f} | {statistics.fmean(others):.4f}{spread} | {len(same)}"
         lines.append(f"| {width} | {name} | {' | '.join(cells)} | {means} |")
     return "\n".join(lines) + "\n"
 
