@@ -251,8 +251,13 @@ whole = dict.fromkeys(["count", "per_row", "columns", "width", "experts"], "i32"
 real = dict.fromkeys(["alpha", "limit", "shift"], "fp32")
 words = {"MULTIPLY": triton.language.dtype("%(dtype)s"), "SCALES": triton.language.bfloat16, "OFFSETS": True}
 words |= {"STRADDLE": True, "FUNCTION": "silu", "GATED": True, "INTERLEAVED": False, "CHANNELS": 32, "COLUMNS": 64}
-for tokens in (1, 16, 64):
-    constants = words | {"TOKENS": tokens} | ({"order": None, "steps": None} if tokens == 1 else {})
+plain = {"FUNCTION": "none", "GATED": False}
+linear = plain | {"blocks": None, "order": None, "weights": None, "bias": None}
+one_each = {"order": None, "steps": None}  # a call gives None and 1 as constants
+kinds = [(1, one_each), (16, {}), (64, {}), (1, linear | {"count": 1, "per_row": 1, "experts": 1})]
+kinds += [(16, linear | {"per_row": 1, "OFFSETS": False}), (1, plain | one_each | {"per_row": 1})]
+for tokens, own in kinds[: %(kinds)d]:
+    constants = words | {"TOKENS": tokens} | own
     signature = {**pointers, **whole, **real, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(product, {name: signature[name] for name in product.arg_names}, constants)
     made = triton.compile(source, target=GPUTarget("cuda", %(capability)d, 32))
@@ -262,12 +267,22 @@ for tokens in (1, 16, 64):
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (86, "fp16"), (89, "fp32"), (90, "bf16")])
-def test_the_kernel_compiles_for_every_architecture(capability: int, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kinds"), [(80, "bf16", 6), (86, "fp16", 3), (89, "fp32", 3), (90, "bf16", 3)]
+)
+def test_the_kernel_compiles_for_every_architecture(capability: int, dtype: str, kinds: int, tmp_path: Path) -> None:
     """By Triton's own compiler, without a device: tensor cores for blocks of 16-bit inputs, none for one slot."""
     environment = dict(os.environ) | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-P", "-c", COMPILE % {"capability": capability, "dtype": dtype}]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    code = COMPILE % {"capability": capability, "dtype": dtype, "kinds": kinds}
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     cores = dtype != "fp32"
-    assert done.stdout.splitlines() == ["1 False True", f"16 {cores} True", f"64 {cores} True"]
+    wanted = [
+        "1 False True",
+        f"16 {cores} True",
+        f"64 {cores} True",
+        "1 False True",
+        f"16 {cores} True",
+        "1 False True",
+    ]
+    assert done.stdout.splitlines() == wanted[:kinds]
