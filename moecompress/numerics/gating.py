@@ -17,6 +17,7 @@ from moecompress.gate import Gate, Relaxation
 
 MASK_ROUTER = ("w_in", "w_out", "start")
 _EPS = 1e-6
+_SHARP, _STEEP = 20.0, 5.0  # logits of a few units between weights that differ by a tenth of their sum
 
 
 def slot_order(ids: Tensor, weights: Tensor) -> Tensor:
@@ -35,6 +36,21 @@ def mask_router(hidden: int, slots: int, width: int, keep_all: float, generator:
     start[-1] = math.log(keep_all * (slots - 1) / (1 - keep_all))
     w_in = torch.randn(width, columns, generator=generator) / math.sqrt(columns)
     return {"w_in": w_in, "w_out": torch.zeros(slots, width), "start": start}
+
+
+def weighing_router(hidden: int, slots: int, width: int, total: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """A mask router that begins with the weights alone: z_n = -5 sum over r > n of silu(20 w_r / total).
+
+    total: mean sum of a token's weights. What leaves costs by its weight, whatever the token; the units that read
+    nothing else are the first slots - 1, so that width is at least that. Shapes as `mask_router`.
+    """
+    made = mask_router(hidden, slots, width, 0.5, generator)
+    w_in, w_out = made["w_in"], made["w_out"]
+    later = torch.arange(1, slots)
+    w_in[: slots - 1] = 0
+    w_in[later - 1, hidden + later] = _SHARP / total
+    w_out[:, : slots - 1] = -_STEEP * (later > torch.arange(slots)[:, None]).float()
+    return {"w_in": w_in, "w_out": w_out, "start": torch.zeros(slots)}
 
 
 def mask_logits(hidden: Tensor, ranked: Tensor, tensors: dict[str, Tensor]) -> Tensor:

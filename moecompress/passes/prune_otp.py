@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from moecompress.experts import materialise
 from moecompress.gate import Gate, Relaxation
-from moecompress.numerics.gating import MASK_ROUTER, mask_logits, mask_router, shift_to_share, slot_order
+from moecompress.numerics.gating import (
+    MASK_ROUTER,
+    mask_logits,
+    mask_router,
+    shift_to_share,
+    slot_order,
+    weighing_router,
+)
 from moecompress.numerics.grids import is_absent
 from moecompress.passes.base import Decision, LayerContext, Scope
 from moecompress.passes.gating import Gating, site_of, with_gate
@@ -21,7 +28,7 @@ from moecompress.stats.routing import TokenSample
 from moecompress.stream.layers import experts_of
 from moecompress.stream.streams import final_logits
 from moecompress.stream.train import GATE, TrainContext, forward_backward
-from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, TokenBatch
+from moecompress.types import ExpertWeights, LayerFacts, LayerWeights, ModelFacts, TokenBatch
 
 _MEMORY = 0.9  # of the running mean of kept shares
 _SEEDS = 1 << 62
@@ -55,6 +62,9 @@ class PruneOTP(Gating):
     )
     straight_through: float = Field(0.5, ge=0, le=1, description="share of the steps before the choice itself is used")
     keep_all: float = Field(0.97, gt=0, lt=1, description="probability of keeping all experts at the beginning")
+    start: Literal["keep_all", "weights"] = Field(
+        "keep_all", description="begin by keeping all, or at `target` with the routing weights alone (few steps)"
+    )
     penalty_rate: float = Field(0.05, gt=0, description="how fast the penalty's weight follows the kept share")
     exact: bool = Field(True, description="shift the outputs at the end so that calibration tokens use `target`")
     teacher: Literal["compressed", "original"] = Field(
@@ -76,6 +86,11 @@ class PruneOTP(Gating):
     @property
     def needs_data(self) -> bool:
         return True
+
+    def check(self, facts: ModelFacts) -> list[str]:
+        slots = max((layer.site.top_k for layer in facts.moe_layers if layer.site is not None), default=0)
+        narrow = self.start == "weights" and self.units(slots) < slots - 1
+        return super().check(facts) + ([f"width: start: weights needs {slots - 1} units"] if narrow else [])
 
     def measure(self, context: LayerContext) -> Mapping[str, Mapping[str, Tensor]]:
         sample = context.statistics[TokenSample.name]
@@ -138,10 +153,16 @@ class _Training:
         for index in self.renormalise:
             site = site_of(context.model.facts, index)
             generator = context.generator(index)
-            made = mask_router(site.hidden, site.top_k, step.units(site.top_k), step.keep_all, generator)
+            width, ranked = step.units(site.top_k), context.statistics[index]["routing"]["ranked"]
+            if step.start == "weights":
+                made = weighing_router(site.hidden, site.top_k, width, float(ranked.sum(-1).mean()), generator)
+            else:
+                made = mask_router(site.hidden, site.top_k, width, step.keep_all, generator)
             self.leaves |= {(index, f"{GATE}{name}"): value.requires_grad_(True) for name, value in made.items()}
         self._optimiser = torch.optim.AdamW(list(self.leaves.values()), lr=step.learning_rate, weight_decay=0.0)
-        self.penalty, self._mean = 0.0, 1.0
+        if step.start == "weights":
+            self.shift()
+        self.penalty, self._mean = 0.0, 1.0 if step.start == "keep_all" else step.target
         self.shares: dict[int, float] = {}
         self._weights = self._held() if context.resident else context.weights
 

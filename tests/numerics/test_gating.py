@@ -21,6 +21,7 @@ from moecompress.numerics.gating import (
     rest_ratios,
     shift_to_share,
     slot_order,
+    weighing_router,
 )
 
 E, K, H, T = 8, 4, 6, 50
@@ -199,6 +200,23 @@ def test_a_shift_meets_the_share_and_drops_where_least_is_lost(share: float) -> 
     for z, n in zip(logits, chosen, strict=True):  # per token no other number is better at this price
         best = z.gather(1, n[:, None]) - shift * n[:, None]
         assert bool((z - shift * torch.arange(K) <= best + 1e-6).all())
+
+
+def test_a_router_that_begins_with_weights_drops_the_light_ones() -> None:
+    hidden, _, weights = routing()
+    ranked = weights.sort(-1, descending=True).values
+    made = weighing_router(H, K, 16, 2.5, torch.Generator().manual_seed(0))
+    z = mask_logits(hidden, ranked, made)
+    assert torch.equal(z, mask_logits(-3 * hidden, ranked, made))  # the token does not matter yet
+    silu = torch.nn.functional.silu(20 * ranked / 2.5)
+    wanted = torch.stack([-5 * silu[:, n + 1 :].sum(-1) for n in range(K)], -1)
+    torch.testing.assert_close(z, wanted)
+    shift = shift_to_share([z], 0.6)
+    price = 5 * silu[:, 1:]
+    clear = ((price - shift).abs() > 1e-3).all(-1)  # one token is where the share is met
+    kept = (z - shift * torch.arange(K)).argmax(-1) + 1
+    assert torch.equal(kept[clear], 1 + (price > shift).sum(-1)[clear]) and int(clear.sum()) >= T - 2
+    assert len(kept.unique()) > 2  # a slot stays when it weighs more than the price
 
 
 def test_the_ends_of_a_shift() -> None:

@@ -191,6 +191,7 @@ def test_a_broken_gate_is_refused_by_name(outputs: dict[str, Path], tmp_path: Pa
         (({"prune.top_k": {"keep": 9}},), {}, "a token has 4 experts"),
         (({"prune.odp": {"layers": 9}},), {}, "the model has 4 with experts"),
         (({"prune.otp": {"target": 0}},), {}, "target"),
+        (({"prune.otp": {"start": "weights", "width": 2}},), {}, "needs 3 units"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_work(
@@ -231,11 +232,11 @@ def test_a_lower_target_leaves_fewer_experts_and_only_gates_learn(source: Path, 
 def test_the_target_is_met_whatever_was_learned(target: float, source: Path, tmp_path: Path) -> None:
     """Two steps change nothing that the largest output would show: only the shift meets the target."""
     keys = {"steps": 2, "batch": 2, "target": target}
-    for exact in (True, False):
-        out = run(tmp_path / str(exact), source, RTN, {"prune.otp": {**keys, "exact": exact}})
+    for name, more in (("a", {}), ("b", {"start": "weights"}), ("c", {"exact": False})):
+        out = run(tmp_path / name, source, RTN, {"prune.otp": {**keys, **more}})
         use = [row["use"] for row in engine.read_json(out / "moecompress" / "report.json")["layers"]]
         share = sum(one["experts"] / one["experts_before"] for one in use) / len(use)
-        assert share == pytest.approx(target if exact else 1.0, abs=0.1)  # of other sequences, 24 tokens
+        assert share == pytest.approx(1.0 if name == "c" else target, abs=0.1)  # of other sequences, 24 tokens
 
 
 def test_keys() -> None:
