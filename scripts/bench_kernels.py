@@ -1,7 +1,7 @@
 """Kernels on layers of real sizes: time, bandwidth and peers in the same run.
 
     python scripts/bench_kernels.py --device cpu [--quick] [--json FILE|-] [--threads 1,2] [--shapes qwen3,mixtral]
-                                    [--bits 4,3] [--tokens 1,4,16,64,256] [--no-peers]
+                                    [--bits 4,3] [--tokens 1,4,16,64,256] [--activation-bits 8] [--no-peers]
 
 Weights are random, and each repetition uses other experts, so that weights come from memory and not from a cache.
 `gbs` counts the bytes of the experts that were used (codes and scales), once; `fraction_of_bandwidth` compares it with
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from moecompress import ops
 from moecompress.checkpoint.native import plan_record
-from moecompress.types import Scheme
+from moecompress.types import Activation, Scheme
 from moecompress_kernels import cpu
 
 # hidden, width, experts, experts per token
@@ -43,10 +43,10 @@ GROUP = 128
 class Layer:
     """Random packed experts of one shape, and routing that touches other experts in every repetition."""
 
-    def __init__(self, shape: str, bits: int, device: torch.device) -> None:
+    def __init__(self, shape: str, bits: int, device: torch.device, activation: Activation = "none") -> None:
         self.title, hidden, width, self.experts, self.per_token = SHAPES[shape]
         self.hidden, self.width, self.bits = hidden, width, bits
-        scheme = Scheme(bits, GROUP)
+        scheme = Scheme(bits, GROUP, activation=activation)
         sizes = (("gate_up", (2 * width, hidden)), ("down", (hidden, width)))
         layout = plan_record([(name, size, scheme, torch.bfloat16) for name, size in sizes])
         self.layer = ops.describe_layer([layout], self.experts, ops.Activation("silu"))
@@ -107,7 +107,7 @@ def bench_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
         bandwidth[threads] = read_bandwidth(seconds)
     for shape in arguments.shapes:
         for bits in arguments.bits:
-            layer = Layer(shape, bits, device)
+            layer = Layer(shape, bits, device, arguments.activation)
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
                 for tokens in arguments.tokens:
@@ -122,6 +122,7 @@ def bench_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
                             "shape": layer.title,
                             "M": tokens,
                             "bits": bits,
+                            "inputs": arguments.activation,
                             "threads": threads,
                             "ms": median,
                             "min_ms": least,
@@ -214,8 +215,10 @@ def main() -> int:
     parser.add_argument("--bits", type=numbers, default=[4, 3])
     parser.add_argument("--tokens", type=numbers, default=None)
     parser.add_argument("--peer-tokens", type=numbers, default=[1, 16, 64, 256], help="sizes at which peers run")
+    parser.add_argument("--activation-bits", choices=("4", "8"), help="inputs rounded per token, integer products")
     parser.add_argument("--no-peers", action="store_true")
     arguments = parser.parse_args()
+    arguments.activation = f"int{arguments.activation_bits}" if arguments.activation_bits else "none"
     cores = len(os.sched_getaffinity(0))
     arguments.threads = arguments.threads or sorted({1, min(2, cores)})
     arguments.shapes = arguments.shapes or (["qwen3"] if arguments.quick else ["qwen3", "mixtral"])
