@@ -177,12 +177,13 @@ def mean_kl(row: dict[str, Any]) -> float:
 
 
 def table(rows: Mapping[str, dict[str, Any]]) -> str:
-    """Markdown: KL per domain and its mean (mean of the seeds, spread over them), perplexity, router agreement."""
+    """Markdown: KL (perplexity) per domain, mean KL (mean of the seeds, spread over them), perplexity of all, router
+    agreement."""
     if not rows:
         return ""
     texts = domains(next(iter(rows.values())))
     names = [Path(text).stem for text in texts]
-    lines = ["| method | width | seeds | " + " | ".join(f"KL {name}" for name in names)]
+    lines = ["| method | width | seeds | " + " | ".join(names)]
     lines[0] += " | mean KL | perplexity | router agreement | CPU s |"
     lines.append("|---" * (len(texts) + 7) + "|")
     for width in WIDTHS:
@@ -194,14 +195,22 @@ def table(rows: Mapping[str, dict[str, Any]]) -> str:
 
 
 def _cells(found: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
-    cells = [f"{statistics.fmean(row['kl'][text] for row in found):.4f}" for text in texts]
+    def mean(name: str, text: str) -> float:
+        return statistics.fmean(row[name][text] for row in found)
+
+    cells = [f"{mean('kl', text):.4f} ({mean('perplexity', text):.2f})" for text in texts]
     means = [mean_kl(row) for row in found]
     spread = f" ± {statistics.stdev(means):.4f}" if len(means) > 1 else ""
-    perplexity = statistics.fmean(row["perplexity"]["all"] for row in found)
     agreement = statistics.fmean(statistics.fmean(row["router_agreement"]) for row in found)
     cpu = statistics.fmean(row["cpu_seconds"] for row in found)
     return " | ".join(
-        [*cells, f"{statistics.fmean(means):.4f}{spread}", f"{perplexity:.3f}", f"{agreement:.4f}", f"{cpu:.0f}"]
+        [
+            *cells,
+            f"{statistics.fmean(means):.4f}{spread}",
+            f"{mean('perplexity', 'all'):.3f}",
+            f"{agreement:.4f}",
+            f"{cpu:.0f}",
+        ]
     )
 
 

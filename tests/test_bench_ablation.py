@@ -90,7 +90,7 @@ def test_the_table_averages_seeds_and_domains(script: Any) -> None:
     rows = {
         f"gptq/w3g32/{seed}": {
             "kl": {"a.txt": 0.1 + seed, "b.txt": 0.3 + seed, "all": 9.0},
-            "perplexity": {"all": 20.0 + seed},
+            "perplexity": {"a.txt": 10.0 + seed, "b.txt": 40.0, "all": 20.0 + seed},
             "router_agreement": [1.0, 0.8],
             "cpu_seconds": 10.0,
         }
@@ -98,4 +98,4 @@ def test_the_table_averages_seeds_and_domains(script: Any) -> None:
     }
     assert script.mean_kl(rows["gptq/w3g32/0"]) == pytest.approx(0.2)
     line = script.table(rows).splitlines()[-1]
-    assert line == "| gptq | w3g32 | 2 | 0.6000 | 0.8000 | 0.7000 ± 0.7071 | 20.500 | 0.9000 | 10 |"
+    assert line == "| gptq | w3g32 | 2 | 0.6000 (10.50) | 0.8000 (40.00) | 0.7000 ± 0.7071 | 20.500 | 0.9000 | 10 |"
