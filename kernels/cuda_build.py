@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moecompress_kernels.build import SOURCES, BuildError, cached_library, call, compile_and_link
@@ -74,12 +74,12 @@ def compile_cuda(target: Path, architectures: Sequence[str]) -> None:
         def compile_one(name: str) -> None:
             call([*nvcc, *FLAGS, *targets(architectures), "-c", str(SOURCES / f"{name}.cu"), "-o", objects[name]])
 
-        compile_and_link(objects, compile_one, [*nvcc, "-shared", "-cudart", "static", *objects.values()], target)
+        compile_and_link(objects, compile_one, link_command(nvcc, objects.values()), target)
 
 
-def link(nvcc: Sequence[str], objects: Sequence[str], target: Path) -> None:
-    """One library of the units' object files, with CUDA's own runtime in it. Raises BuildError."""
-    call([*nvcc, "-shared", "-cudart", "static", "-o", str(target), *objects])
+def link_command(nvcc: Sequence[str], objects: Iterable[str]) -> list[str]:
+    """What makes one library of the units' object files, with CUDA's own runtime in it; `-o FILE` is still missing."""
+    return [*nvcc, "-shared", "-cudart", "static", *objects]
 
 
 def cached_cuda(architecture: str) -> tuple[Path, str]:

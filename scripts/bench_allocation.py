@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--released", type=Path, help="published statistics and allocations to compare with")
     arguments = parser.parse_args()
+    names = arguments.instances.split(",")
+    if unknown := [name for name in names if name not in INSTANCES]:
+        parser.error(f"--instances {','.join(unknown)}; allowed: {','.join(INSTANCES)}")
     if arguments.released is not None:
         compare(arguments.released)
         return
@@ -59,7 +62,7 @@ def main() -> None:
         "cbc": lambda problem: solve_pulp(problem, gap=1e-6, seconds=arguments.seconds),
     }
     rows = []
-    for name in arguments.instances.split(","):
+    for name in names:
         problem = instance(*INSTANCES[name])
         for solver in arguments.solvers.split(","):
             began = time.perf_counter()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moecompress_kernels import cuda, cuda_build
-from moecompress_kernels.build import SOURCES, BuildError
+from moecompress_kernels.build import SOURCES, BuildError, call
 
 # three, two and one block on a multiprocessor; repacking runs once
 LIMITS = {"decode_up": 80, "decode_down": 64, "prefill": 255, "pack_tiles": 96}
@@ -121,7 +121,7 @@ def test_the_library_loads_and_says_what_is_missing(
 ) -> None:
     """All units link to one library, which ctypes loads with or without a driver; calls give CUDA's own words."""
     library = tmp_path / "cuda.so"
-    cuda_build.link(nvcc, [str(path) for path, _ in units.values()], library)
+    call([*cuda_build.link_command(nvcc, [str(path) for path, _ in units.values()]), "-o", str(library)])
     loaded = cuda.load(library)
     for name in ("decode", "prefill", "linear_decode", "linear_prefill", "sort", "pack", "unpack"):
         assert getattr(loaded, f"mc_cuda_{name}")

@@ -235,6 +235,13 @@ def test_options_are_checked(tmp_path: Path) -> None:
     assert QuantizeRTN(bits=2).decides is QuantizeRTN(bits=2).scope
 
 
+def source(model_type: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A tiny checkpoint in `folder`, and a recipe's calibration with IDS."""
+    save_file({"ids": IDS}, folder / "ids.safetensors")
+    calibration = {"source": "tokens", "files": [str(folder / "ids.safetensors")], "samples": 24, "length": 32}
+    return families.save_tiny(model_type, folder / "model"), calibration
+
+
 CODED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "hunyuan_v1_moe", "phimoe")
 
 
@@ -244,9 +251,7 @@ def test_a_router_in_codes_is_stored_and_loaded(
 ) -> None:
     """kl_clip: 8-bit rows in native records; transformers' own router reads what the stream reads."""
     engine.reload_here(monkeypatch)
-    path = families.save_tiny(model_type, tmp_path / "model")
-    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
-    calibration = {"source": "tokens", "files": [str(tmp_path / "ids.safetensors")], "samples": 24, "length": 32}
+    path, calibration = source(model_type, tmp_path)
     passes = [{"align.router": {"method": "kl_clip", "router_bits": 8}}, {"quantize.rtn": {"group_size": 16}}]
     recipe = engine.write_recipe(tmp_path, path, passes, calibration=calibration)
     refused = engine.command("plan", recipe, "--set", "output.format=portable")
@@ -281,9 +286,7 @@ def test_a_router_with_rounded_inputs_is_run_so(
 ) -> None:
     """EAQuant's W8A8 router: stream and loaded model round what its matrix reads, and nobody drops that."""
     engine.reload_here(monkeypatch)
-    path = families.save_tiny(model_type, tmp_path / "model")
-    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
-    calibration = {"source": "tokens", "files": [str(tmp_path / "ids.safetensors")], "samples": 24, "length": 32}
+    path, calibration = source(model_type, tmp_path)
     step = {"align.router": {"method": "kl_clip", "router_bits": 8, "activation_bits": 8}}
     recipe = engine.write_recipe(tmp_path, path, [step], calibration=calibration)
     refused = engine.command("plan", recipe, "--set", "output.format=dense")
