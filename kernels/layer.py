@@ -6,6 +6,7 @@ by a `Record`. The description travels through operators as text (`Layer.text`),
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -87,6 +88,11 @@ class Layer:
     def text(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
+    @cached_property
+    def digest(self) -> int:
+        """Of the text, 40 bits."""
+        return int.from_bytes(hashlib.sha256(self.text.encode()).digest()[:5])
+
     def uneven(self) -> str | None:
         """Why its experts cannot be one stack of matrices, or None."""
         shapes = [[(m.rows, m.columns) for m in record.matrices] for record in self.records]
@@ -111,11 +117,14 @@ class Layer:
 
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Layer:
-    """The layer of `Layer.text`."""
-    data = json.loads(text)
-    records = tuple(
-        Record(tuple(Matrix(**matrix) for matrix in record["matrices"]), record["row_bytes"])
-        for record in data["records"]
-    )
-    activation = Activation(**data["activation"]) if data["activation"] else None
-    return Layer(data["experts"], records, activation, data["bias"])
+    """The layer of `Layer.text`. Raises ValueError for any other text."""
+    try:
+        data = json.loads(text)
+        records = tuple(
+            Record(tuple(Matrix(**matrix) for matrix in record["matrices"]), record["row_bytes"])
+            for record in data["records"]
+        )
+        activation = Activation(**data["activation"]) if data["activation"] else None
+        return Layer(data["experts"], records, activation, data["bias"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the text of a layer: {text[:60]!r}; expected: what Layer.text gives") from error

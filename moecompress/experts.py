@@ -208,7 +208,7 @@ class PackedExperts(Packed, Experts):
         return ops.describe_layer(layouts, len(self), activation, self.has_bias)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if self.observer is not None or not self.compiled(hidden_states):
+        if self.observer is not None or not self.compiled(hidden_states, top_k_weights):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         assert self.choice is not None
         ids = top_k_index.reshape(-1, top_k_index.shape[-1])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moecompress.arguments import DTYPES, require_moe_mlp, require_packed_linear, sealed, unsealed
 from moecompress.checkpoint.native import MatrixLayout, RecordLayout, decode, decode_linear, plan_record
 from moecompress.errors import message
 from moecompress.numerics.activation import rounded_as
@@ -23,12 +24,11 @@ from moecompress.numerics.grids import dequantize
 from moecompress.types import PROJECTIONS, QuantizedTensor, Scheme, Weight
 from moecompress_kernels.layer import Activation, Layer, Matrix, Record, Values, parse
 
-__all__ = ["Activation", "Layer"]  # the words of a description, for who makes one
+__all__ = ["DTYPES", "Activation", "Layer", "sealed"]  # for who describes a layer and calls the operators
 
 ORDER = ("cuda", "triton", "cpu")  # modules of moecompress_kernels by preference; torch comes after them
 TORCH = "torch"
 Dtypes = tuple[torch.dtype, ...]
-DTYPES: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
 _BITS_OF: dict[str, int] = {"none": 0, "int4": 4, "int8": 8}
 
 
@@ -132,8 +132,9 @@ def moe_mlp(hidden: Tensor, ids: Tensor, weights: Tensor, handle: Sequence[Tenso
     """Sum over slots of weight * down(activation(gate_up(hidden))), [T, H] in hidden's dtype.
 
     hidden: [T, H] float32, bfloat16 or float16. ids: integers [T, K] in 0..E; E skips the slot. weights: [T, K].
-    handle, layer: what backend `name` prepared, and the text of the layer it is for. Raises ValueError for anything
-    else. A token with NaN or Inf gives NaN or Inf in its own row only.
+    handle, layer: what backend `name` prepared, sealed, and the text of the layer it is for. All tensors are on one
+    device and none needs a gradient. Raises ValueError for anything else. A token with NaN or Inf gives NaN or Inf in
+    its own row only.
     """
     return torch.ops.moecompress.moe_mlp(hidden, ids, weights, handle, name, layer)  # type: ignore[no-any-return]
 
@@ -252,33 +253,17 @@ def _run_moe_mlp(
     hidden: Tensor, ids: Tensor, weights: Tensor, handle: Sequence[Tensor], name: str, layer: str
 ) -> Tensor:
     described = parse(layer)
-    _require_inputs("hidden", hidden, described)
-    if described.activation is None:
-        raise ValueError(message("moe_mlp", "the handle of a Linear", "of routed experts"))
-    if hidden.dim() != 2 or ids.dim() != 2 or ids.shape[0] != hidden.shape[0] or weights.shape != ids.shape:
-        found = f"hidden {list(hidden.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)}"
-        raise ValueError(message("moe_mlp", found, "hidden [T, H], ids and weights [T, K]"))
-    if ids.dtype not in (torch.int64, torch.int32) or not weights.is_floating_point():
-        raise ValueError(message("moe_mlp", f"ids {ids.dtype}, weights {weights.dtype}", "int64 or int32, and floats"))
-    return backend(name).moe_mlp(
-        described, handle, hidden.contiguous(), ids.long().contiguous(), weights.float().contiguous()
-    )
+    require_moe_mlp(hidden, ids, weights, handle, described)
+    run, held = backend(name).moe_mlp, unsealed(name, described, handle)
+    return run(described, held, hidden.contiguous(), ids.long().contiguous(), weights.float().contiguous())
 
 
 def _run_packed_linear(inputs: Tensor, handle: Sequence[Tensor], name: str, layer: str) -> Tensor:
     described = parse(layer)
-    _require_inputs("packed_linear", inputs, described)
-    if described.activation is not None:
-        raise ValueError(message("packed_linear", "the handle of routed experts", "of a Linear"))
+    require_packed_linear(inputs, handle, described)
     flat = inputs.reshape(-1, described.columns).contiguous()
-    return backend(name).packed_linear(described, handle, flat).view(*inputs.shape[:-1], described.rows)
-
-
-def _require_inputs(where: str, inputs: Tensor, layer: Layer) -> None:
-    if inputs.dtype not in DTYPES:
-        raise ValueError(message(where, str(inputs.dtype), ", ".join(map(str, DTYPES))))
-    if inputs.dim() < 1 or inputs.shape[-1] != layer.columns:
-        raise ValueError(message(where, f"shape {list(inputs.shape)}", f"[..., {layer.columns}]"))
+    run, held = backend(name).packed_linear, unsealed(name, described, handle)
+    return run(described, held, flat).view(*inputs.shape[:-1], described.rows)
 
 
 _library = torch.library.Library("moecompress", "DEF")
@@ -292,9 +277,12 @@ _library.impl("packed_linear", _run_packed_linear, "CompositeExplicitAutograd")
 def _fake_moe_mlp(
     hidden: Tensor, ids: Tensor, weights: Tensor, handle: Sequence[Tensor], name: str, layer: str
 ) -> Tensor:
+    require_moe_mlp(hidden, ids, weights, handle, parse(layer))
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("moecompress::packed_linear", lib=_library)
 def _fake_packed_linear(inputs: Tensor, handle: Sequence[Tensor], name: str, layer: str) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], parse(layer).rows)
+    described = parse(layer)
+    require_packed_linear(inputs, handle, described)
+    return inputs.new_empty(*inputs.shape[:-1], described.rows)

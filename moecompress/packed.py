@@ -76,7 +76,8 @@ class Packed(nn.Module):
                     dtype=slots.dtype,
                     device=slots.device,
                 )
-            self.handle = ops.backend(self.choice.backend).prepare(described, values, slots, self.biases())
+            held = ops.backend(self.choice.backend).prepare(described, values, slots, self.biases())
+            self.handle = ops.sealed(self.choice.backend, described, held)
             for record in records:
                 record.data = record.new_empty(record.shape[0], 0)
         return self.choice
@@ -97,18 +98,21 @@ class Packed(nn.Module):
         """One record, uint8 [R], whoever holds it."""
         if self.handle and self.layouts[int(self.slots()[index, 0])].row_bytes:
             assert self.choice is not None and self.layer is not None
-            return ops.backend(self.choice.backend).record(self.layer, self.handle, index)
+            return ops.backend(self.choice.backend).record(self.layer, self.handle[:-1], index)
         k, row = self.slots()[index].tolist()
         return getattr(self, f"rec{k}")[row]  # type: ignore[no-any-return]
 
-    def compiled(self, inputs: Tensor) -> bool:
-        """Whether a backend other than torch runs this call; prepares at the first one.
+    def compiled(self, inputs: Tensor, *others: Tensor) -> bool:
+        """Whether a backend other than torch runs this call, which gets `inputs` and maybe `others`; prepares at the
+        first one. Where a gradient is asked for, PyTorch's own operations run.
 
         Inputs of a dtype that the chosen backend does not take make it give its weights to the best that does.
         """
         if getattr(getattr(self, "_hf_hook", None), "offload", False):
             return False  # its weights come and go with every call
-        if inputs.dtype not in ops.DTYPES or (torch.is_grad_enabled() and inputs.requires_grad):
+        if inputs.dtype not in ops.DTYPES:
+            return False
+        if torch.is_grad_enabled() and any(value.requires_grad for value in (inputs, *others)):
             return False
         if self.choice is not None and ops.untaken(self.choice.backend, inputs.dtype):
             self.restore()

@@ -60,7 +60,11 @@ def packed_layer(shape: str, bits: int, backend: str) -> tuple[ops.Layer, list[T
         assert scales is not None
         scales.copy_(torch.rand(scales.shape, device="cuda") * 0.01 + 0.005)
     slots = torch.stack([torch.zeros(experts), torch.arange(experts)], 1).int().cuda()
-    return layer, ops.backend(backend).prepare(layer, [records], slots, []), layout.row_bytes
+    return (
+        layer,
+        ops.sealed(backend, layer, ops.backend(backend).prepare(layer, [records], slots, [])),
+        layout.row_bytes,
+    )
 
 
 def routing(shape: str, tokens: int, turn: int) -> Inputs:

@@ -59,7 +59,8 @@ class Layer:
         slots = torch.stack([torch.zeros(self.experts), torch.arange(self.experts)], 1).int()
         self.choice = ops.choose(self.layer, device)
         name = self.choice.backend
-        self.handle = ops.backend(name).prepare(self.layer, [records.to(device)], slots.to(device), [])
+        held = ops.backend(name).prepare(self.layer, [records.to(device)], slots.to(device), [])
+        self.handle = ops.sealed(name, self.layer, held)
 
     def routing(self, tokens: int, turn: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """One token: the next experts in turn. Several: a random draw."""

@@ -113,6 +113,11 @@ def handle_of(packed: Packed, backend: ops.Backend, device: str) -> list[Tensor]
     return backend.prepare(packed.layer, records, packed.slot_map.to(device), biases)
 
 
+def sealed_handle(packed: Packed, backend: str, device: str = "cpu") -> list[Tensor]:
+    """The same as the operators take it."""
+    return ops.sealed(backend, packed.layer, handle_of(packed, ops.backend(backend), device))
+
+
 def oracle(packed: Packed, hidden: Tensor, ids: Tensor, gates: Tensor, middle: torch.dtype = torch.float64) -> Tensor:
     """The sum over slots in float64, one token and slot at a time. Ids that are no expert's skip their slot.
 

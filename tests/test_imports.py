@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moecompress"
 LAYERS = (
     ("errors", "gate", "memory", "progress", "sizes", "types"),
     ("checkpoint", "numerics", "stats"),
-    ("arch", "ops"),
+    ("arch", "arguments", "ops"),
     ("packed", "packed_router", "dispatch", "experts", "stream", "calib", "load"),
     ("passes",),
     (
@@ -59,7 +59,7 @@ RESERVED = {
     "lm_eval": ("tasks",),
     "matplotlib": ("report",),
     "typer": ("cli",),
-    "moecompress_kernels": ("ops",),
+    "moecompress_kernels": ("arguments", "ops"),
 }
 NUMERICS_USES = {"__future__", "torch", "numpy", "scipy", "pulp", "moecompress"}
 FORBIDDEN = {"pickle", "torch.load", "os.environ", "os.getenv", "os.putenv"}

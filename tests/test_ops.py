@@ -6,9 +6,12 @@ import math
 from typing import Any
 
 import families
+import packed_layers
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 from moecompress import ops
 from moecompress.arch.activation import recognise
@@ -38,7 +41,7 @@ def reference_layer(activation: ops.Activation) -> tuple[ops.Layer, list[Tensor]
     layer = ops.describe_layer(layouts, EXPERTS, activation)
     records = [encode(layout, one)[None] for layout, one in zip(layouts, weights, strict=True)]
     slot_map = torch.tensor([[k, 0] for k in range(EXPERTS)], dtype=torch.int32)
-    return layer, ops.backend("torch").prepare(layer, records, slot_map, []), weights
+    return layer, ops.sealed("torch", layer, ops.backend("torch").prepare(layer, records, slot_map, [])), weights
 
 
 def test_the_reference_is_the_sum_over_slots() -> None:
@@ -63,24 +66,63 @@ def test_a_linear_takes_any_leading_shape(shape: tuple[int, ...]) -> None:
     weight = round_to_nearest(random(24, HIDDEN), Scheme(4, 32))
     layout = linear_layout(weight)
     layer = ops.describe_layer([layout], 1)
-    handle = ops.backend("torch").prepare(
+    held = ops.backend("torch").prepare(
         layer, [encode_linear(layout, weight)[None]], torch.zeros(1, 2, dtype=torch.int32), []
     )
+    handle = ops.sealed("torch", layer, held)
     inputs = random(*shape, seed=3)
     found = ops.packed_linear(inputs, handle, "torch", layer.text)
     torch.testing.assert_close(found, inputs @ dequantize(weight).T)
 
 
-def test_graphs_know_the_shapes() -> None:
-    layer, handle, _ = reference_layer(ops.Activation("silu"))
-    text = layer.text
+COMPUTES = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(ops.unavailable(name)), reason=name)) for name in ("cpu", "torch")
+]
+
+
+def both_layers(name: str) -> tuple[packed_layers.Packed, packed_layers.Packed, list[Tensor], list[Tensor]]:
+    """Experts and a Linear with their handles."""
+    experts = packed_layers.experts([(Scheme(4, 32), Scheme(3, 16, activation="int8")), (Scheme(2, 16), Scheme(8))])
+    linear = packed_layers.linear(packed_layers.weight(24, HIDDEN, Scheme(4, 32)))
+    return experts, linear, *(packed_layers.sealed_handle(packed, name) for packed in (experts, linear))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", COMPUTES)
+def test_one_graph_holds_both_operators_for_any_number_of_tokens(name: str) -> None:
+    experts, linear, expert_handle, linear_handle = both_layers(name)
 
     def both(hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-        return ops.moe_mlp(hidden * 2, ids, gates, handle, "torch", text) + hidden
+        made = ops.moe_mlp(hidden * 2, ids, gates, expert_handle, name, experts.layer.text) + hidden
+        return ops.packed_linear(made, linear_handle, name, linear.layer.text).relu()
 
-    inputs = (random(4, HIDDEN), torch.tensor([[0], [1], [2], [3]]), torch.ones(4, 1))
-    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), both(*inputs))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(both, backend=counter, fullgraph=True, dynamic=True)
+    for tokens in (4, 7, 30):
+        inputs = packed_layers.routing(tokens, 2, 2, HIDDEN, torch.bfloat16)  # some ids are the sentinel
+        torch.testing.assert_close(compiled(*inputs), both(*inputs), rtol=0, atol=0)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", COMPUTES)
+def test_operators_are_what_torch_expects_of_them(name: str) -> None:
+    """Schema (nothing is changed in place), fake functions and graphs with shapes that are not known."""
+    experts, linear, expert_handle, linear_handle = both_layers(name)
+    inputs = packed_layers.routing(5, 2, 2, HIDDEN, torch.float32)
+    operators = torch.ops.moecompress
+    torch.library.opcheck(operators.moe_mlp.default, (*inputs, expert_handle, name, experts.layer.text))
+    for x in (random(3, HIDDEN), random(2, 3, HIDDEN), random(HIDDEN)):
+        torch.library.opcheck(operators.packed_linear.default, (x, linear_handle, name, linear.layer.text))
+
+
+def test_wrong_arguments_are_errors_while_a_graph_is_traced() -> None:
+    experts, _, handle, _ = both_layers("torch")
+    hidden, ids, gates = packed_layers.routing(5, 2, 2, HIDDEN, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(one) for one in (hidden, ids, gates)]
+        held = [mode.from_tensor(one) for one in handle]
+        assert ops.moe_mlp(*fakes, held, "torch", experts.layer.text).shape == hidden.shape
+        with pytest.raises(ValueError, match=r"weights \[4, 2\]"):
+            ops.moe_mlp(fakes[0], fakes[1], fakes[2][:4], held, "torch", experts.layer.text)
 
 
 @pytest.mark.parametrize(

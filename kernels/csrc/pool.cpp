@@ -101,6 +101,15 @@ struct Pool {
 // libgomp's entry point: runs a function once on each of so many threads, the caller included, and waits for all.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<Parallel> openmp{nullptr};
+std::atomic<long> openmp_process{0};  // libgomp waits forever for its threads in a child that was forked after their start
+
+long this_process() {
+#if defined(__unix__) || defined(__APPLE__)
+  return getpid();
+#else
+  return 0;
+#endif
+}
 
 struct Shared {
   std::atomic<int64_t> next;
@@ -117,10 +126,7 @@ Pool* pool() {
   // Never destroyed: detached workers may outlive static destructors. A forked child has no workers and starts anew.
   static std::atomic<Pool*> current{nullptr};
   Pool* found = current.load();
-  long process = 0;
-#if defined(__unix__) || defined(__APPLE__)
-  process = getpid();
-#endif
+  long process = this_process();
   if (!found || found->process != process) {
     Pool* made = new Pool;
     made->process = process;
@@ -139,7 +145,10 @@ int pool_threads(int wanted) {
   return wanted < 1 ? 1 : wanted > most ? most : wanted;
 }
 
-void pool_use_openmp(void* gomp_parallel) { openmp = reinterpret_cast<Parallel>(gomp_parallel); }
+void pool_use_openmp(void* gomp_parallel) {
+  openmp = reinterpret_cast<Parallel>(gomp_parallel);
+  openmp_process = this_process();
+}
 
 void pool_run(int threads, int64_t tasks, Task task, void* context) {
   if (threads > tasks) threads = int(tasks);
@@ -147,7 +156,7 @@ void pool_run(int threads, int64_t tasks, Task task, void* context) {
     for (int64_t i = 0; i < tasks; ++i) task(context, i);
     return;
   }
-  if (Parallel run = openmp) {
+  if (Parallel run = openmp; run && openmp_process == this_process()) {
     Shared shared = {{0}, tasks, task, context};
     run([](void* with) { static_cast<Shared*>(with)->work(); }, &shared, unsigned(threads), 0);
     return;

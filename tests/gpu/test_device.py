@@ -41,8 +41,12 @@ class Prepared(NamedTuple):
     handle: list[Tensor]
     name: str
 
+    @property
+    def sealed(self) -> list[Tensor]:
+        return ops.sealed(self.name, self.packed.layer, self.handle)
+
     def run(self, inputs: list[Tensor]) -> Tensor:
-        return ops.moe_mlp(*inputs, self.handle, self.name, self.packed.layer.text)
+        return ops.moe_mlp(*inputs, self.sealed, self.name, self.packed.layer.text)
 
 
 def prepared(packed: Packed, name: str) -> Prepared:

@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 @pytest.fixture(scope="module")
 def made() -> tuple[layers.Packed, list[torch.Tensor]]:
     packed = layers.experts(SCHEMES)
-    return packed, cpu.prepare(packed.layer, packed.records, packed.slot_map, [])
+    return packed, layers.sealed_handle(packed, "cpu")
 
 
 def call(made: Any, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -102,11 +102,56 @@ def test_what_is_not_finite_stays_in_its_row(made: Any, bad: float, dtype: torch
 @pytest.mark.parametrize("rounding", ["int4", "int8"])
 def test_what_is_not_finite_is_not_rounded_to_something_finite(rounding: Any) -> None:
     packed = layers.linear(layers.weight(32, 64, Scheme(4, 32, activation=rounding)))
-    handle = cpu.prepare(packed.layer, packed.records, packed.slot_map, [])
+    handle = layers.sealed_handle(packed, "cpu")
     x = torch.ones(2, 64)
     x[0, 3] = float("nan")
     found = ops.packed_linear(x, handle, "cpu", packed.layer.text)
     assert bool(found[0].isnan().all()) and bool(torch.isfinite(found[1]).all())
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_a_handle_runs_what_it_was_made_for_and_nothing_else(name: str) -> None:
+    """Of another layer, another backend, in parts, out of order: what would send kernels out of their memory."""
+    small, wide = layers.experts(SCHEMES), layers.experts([(Scheme(4, 32), Scheme(4))] * 3, 2048)
+    line, long = (layers.linear(layers.weight(32, columns, Scheme(4, 32))) for columns in (64, 4096))
+    handles = [layers.sealed_handle(packed, name) for packed in (small, wide, line, long)]
+    other = layers.sealed_handle(small, "torch" if name == "cpu" else "cpu")
+    held, whole = handles[0], [handles[0][0][::2].contiguous(), *handles[0][1:]]
+    hidden, ids, gates = layers.routing(5, 3, 2, 64, torch.float32)
+    for wrong in (*handles[1:], other, held[:-1], held[1:], [held[1], held[0], *held[2:]], whole, []):
+        with pytest.raises(ValueError, match=f"handle.*what {name} prepared for the same layer"):
+            ops.moe_mlp(hidden, ids, gates, wrong, name, small.layer.text)
+    for wrong in (handles[3], handles[0], handles[2][::-1], []):
+        with pytest.raises(ValueError, match="handle"):
+            ops.packed_linear(hidden, wrong, name, line.layer.text)
+    with pytest.raises(ValueError, match="of a Linear. Allowed: of routed experts"):
+        ops.moe_mlp(hidden, ids, gates, handles[2], name, line.layer.text)
+    with pytest.raises(ValueError, match="of routed experts. Allowed: of a Linear"):
+        ops.packed_linear(hidden, held, name, small.layer.text)
+    for text in ("", "{}", "[]", "null", small.layer.text[:-1], small.layer.text.replace("bits", "bytes")):
+        with pytest.raises(ValueError, match="the text of a layer"):
+            ops.moe_mlp(hidden, ids, gates, held, name, text)
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_devices_layouts_and_gradients_that_cannot_be(name: str) -> None:
+    """Of tensors that are elsewhere, `meta` here, addresses mean nothing; and a gradient would silently be missing."""
+    packed = layers.experts(SCHEMES)
+    handle, text = layers.sealed_handle(packed, name), packed.layer.text
+    good = layers.routing(5, 3, 2, 64, torch.float32)
+    for at in range(3):
+        for change in (lambda one: one.to("meta"), lambda one: one.to_sparse()):
+            inputs = [change(one) if number == at else one for number, one in enumerate(good)]
+            with pytest.raises(ValueError, match="strided tensors on one device"):
+                ops.moe_mlp(*inputs, handle, name, text)
+    with pytest.raises(ValueError, match="on meta with inputs on cpu"):
+        ops.moe_mlp(*good, [one.to("meta") for one in handle], name, text)
+    for at in (0, 2):
+        inputs = [one.clone().requires_grad_() if number == at else one for number, one in enumerate(good)]
+        with pytest.raises(ValueError, match="gradients are asked for"):
+            ops.moe_mlp(*inputs, handle, name, text)
+        with torch.no_grad():
+            assert torch.equal(ops.moe_mlp(*inputs, handle, name, text), ops.moe_mlp(*good, handle, name, text))
 
 
 def test_the_number_of_threads_changes_nothing(made: Any) -> None:

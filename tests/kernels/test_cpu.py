@@ -179,6 +179,5 @@ def test_rounded_experts() -> None:
     schemes = [(Scheme(4, 32, activation="int4"), Scheme(3, 16, activation="int8")), (Scheme(4, 32), Scheme(4, 16))]
     packed = layers.experts(schemes)
     inputs = layers.routing(6, 2, 2, 64, F32)
-    handle = ops.backend("torch").prepare(packed.layer, packed.records, packed.slot_map, [])
-    wanted = ops.moe_mlp(*inputs, handle, "torch", packed.layer.text)
+    wanted = ops.moe_mlp(*inputs, layers.sealed_handle(packed, "torch"), "torch", packed.layer.text)
     assert layers.error(run(packed, inputs), wanted) <= LIMIT[F32]

@@ -210,7 +210,7 @@ def test_the_operator_reaches_the_backend() -> None:
     packed = experts([W4] * 2, 64, 32)
     hidden, ids, gates = (one.to(Place.device) for one in routing(3, 2, 2, 64, BF16))
     handle, gates = prepare(packed), gates.bfloat16()
-    found = ops.moe_mlp(hidden, ids.int(), gates, handle, "cuda", packed.layer.text)
+    found = ops.moe_mlp(hidden, ids.int(), gates, ops.sealed("cuda", packed.layer, handle), "cuda", packed.layer.text)
     assert error(found.cpu(), exact(packed, hidden.cpu(), ids.cpu(), gates.cpu())) < DECODE[BF16]
 
 

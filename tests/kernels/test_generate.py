@@ -16,6 +16,7 @@ from torch import nn
 
 import moecompress
 from moecompress.errors import RecipeError
+from moecompress.experts import PackedExperts
 from moecompress.packed import Packed, backends
 from moecompress.stream.model import open_model
 from moecompress_kernels import cpu
@@ -102,6 +103,10 @@ def test_copies_and_gradients(native: Path) -> None:
     assert float((logits.detach() - wanted).norm() / wanted.norm()) < 1e-5
     logits.sum().backward()
     assert embedded.grad is not None and bool(embedded.grad.abs().sum() > 0)
+    router = torch.ones(3, 2, requires_grad=True)  # trained alone: what enters the experts needs no gradient
+    first = next(module for module in model.modules() if isinstance(module, PackedExperts))
+    first(torch.randn(3, embedded.shape[-1]), torch.tensor([[0, 1]] * 3), router).square().sum().backward()
+    assert router.grad is not None and bool(router.grad.abs().sum() > 0)
     state = model.state_dict()
     model.load_state_dict(state)
     with torch.no_grad():

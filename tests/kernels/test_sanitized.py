@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import packed_fuzz as fuzz
 import packed_layers as layers
 import pytest
 import torch
@@ -34,6 +35,7 @@ library.mc_moe_mlp.argtypes = [P, P, P, L, P, P, L, L, P, I, I]
 library.mc_linear.argtypes = [P, P, P, L, L, P, I, I]
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = P, [ctypes.c_size_t], [P]
+libc.calloc.restype, libc.calloc.argtypes = P, [ctypes.c_size_t] * 2
 def buffer(data):
     at = libc.malloc(max(1, len(data)))
     ctypes.memmove(at, data, len(data))
@@ -42,7 +44,7 @@ for case in json.load(open(sys.argv[2])):
     data = {name: base64.b64decode(text) for name, text in case["data"].items()}
     table, x = buffer(data["table"]), buffer(data["x"])
     records = [buffer(base64.b64decode(record)) for record in case["records"]]
-    blob = libc.malloc(case["blob"])
+    blob = libc.calloc(case["blob"], 1)  # biases, which are not set here, are zeros
     assert library.mc_pack(table, (P * len(records))(*records), blob, 2) == 0
     for expert, record in enumerate(case["records"]):
         wanted = base64.b64decode(record)
@@ -71,7 +73,8 @@ print("clean")
 
 
 def text(value: torch.Tensor) -> str:
-    return base64.b64encode(value.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+    flat = value.reshape(-1).clone(memory_format=torch.contiguous_format)  # one value may have any stride
+    return base64.b64encode(flat.view(torch.uint8).numpy().tobytes()).decode()
 
 
 def isas() -> list[int]:
@@ -136,6 +139,11 @@ def cases() -> list[dict[str, Any]]:
         found += [
             case(packed, [torch.randn(n, 41).to(dtype)]) for n in (0, 1, 9) for dtype in (torch.float32, torch.bfloat16)
         ]
+    for seed in range(60):
+        packed = fuzz.layer(seed)
+        drawn = fuzz.call(packed, seed)
+        inputs = [drawn.hidden.contiguous(), drawn.ids.long().contiguous(), drawn.weights.float().contiguous()]
+        found.append(case(packed, inputs, code=int(drawn.wrong)))
     return found
 
 

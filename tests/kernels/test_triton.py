@@ -180,7 +180,14 @@ def test_long_inputs_are_cut_into_parts(place: str, monkeypatch: pytest.MonkeyPa
 def test_the_operator_reaches_the_backend(tokens: int, place: str) -> None:
     packed = experts([W4] * 2, 64, 32)
     hidden, ids, gates = (one.to(place) for one in routing(tokens, 2, 2, 64, BF16))
-    found = ops.moe_mlp(hidden, ids.int(), gates, prepare(packed, place), "triton", packed.layer.text)
+    found = ops.moe_mlp(
+        hidden,
+        ids.int(),
+        gates,
+        ops.sealed("triton", packed.layer, prepare(packed, place)),
+        "triton",
+        packed.layer.text,
+    )
     assert error(found.cpu(), oracle(packed, hidden.cpu(), ids.cpu(), gates.cpu(), BF16)) < LIMITS[BF16]
 
 

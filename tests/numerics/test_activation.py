@@ -78,3 +78,12 @@ def test_more_bits_and_less_spread_are_better() -> None:
 def test_other_settings_are_refused(bits: int, clip: float) -> None:
     with pytest.raises(ValueError, match="allowed"):
         activation_codes(torch.ones(2, 4), bits, clip)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_rounded_to_something_finite(bad: float) -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    x[1, 5] = bad
+    found = rounded_activations(x, 4)
+    assert not bool(torch.isfinite(found[1]).any())
+    assert torch.equal(found[[0, 2]], rounded_activations(x[[0, 2]], 4))
