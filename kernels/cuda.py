@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ DECODE_TOKENS = 16  # up to here the decode pair, which reads each chosen expert
 _DECODE_SLOTS = 32
 _CHUNK = 8192  # tokens of one prefill: bounds the workspace
 _LEAST = 80  # compute capability * 10
+PREFILL = "MOECOMPRESS_CUDA_PREFILL"  # environment: the instruction of prefill's products
+PREFILLS = ("mma", "wgmma")
+_WGMMA = 90  # the one compute capability (* 10) that has wgmma
+_WGMMA_BLOCK = 64  # tokens of the smallest block that it multiplies
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,32 @@ def describe() -> str:
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     found = _device(torch.cuda.current_device())
-    return found if isinstance(found, str) else f"{torch.cuda.get_device_name()}, {found.how}"
+    if isinstance(found, str):
+        return found
+    try:
+        prefill = "prefill with {} ({})".format(*prefill_of(found))
+    except ValueError as error:
+        prefill = str(error)
+    return f"{torch.cuda.get_device_name()}, {found.how}, {prefill}"
+
+
+def prefill_of(device: Device) -> tuple[str, str]:
+    """What multiplies blocks of 64 and more tokens on this device, and why: one of PREFILLS.
+
+    Raises ValueError for anything else in the environment.
+    """
+    asked = os.environ.get(PREFILL, "")
+    if asked and asked not in PREFILLS:
+        raise ValueError(f"{PREFILL} is {asked!r}; allowed: {' and '.join(PREFILLS)}. Unset, it means {PREFILLS[0]}")
+    if asked == "mma":
+        return "mma", f"{PREFILL} asks for it"
+    if device.capability != _WGMMA:
+        have = f"{device.capability // 10}.{device.capability % 10}"
+        wish = f", for which {PREFILL} asks," if asked else ""
+        return "mma", f"wgmma{wish} needs compute capability 9.0, this device has {have}"
+    if not asked:
+        return "mma", f"wgmma has not been measured on a device; {PREFILL}=wgmma chooses it"
+    return "wgmma", f"{PREFILL} asks for it; mma for blocks of fewer than {_WGMMA_BLOCK} tokens"
 
 
 def unfit(layer: Layer, device: torch.device) -> str | None:
@@ -70,6 +100,7 @@ def _unfit(layer: Layer, device: Device) -> str | None:
 
 def prepare(layer: Layer, records: Sequence[Tensor], slot_map: Tensor, biases: Sequence[Tensor]) -> list[Tensor]:
     """Handle: [blob uint8, descriptors int32 [E, matrices, 8], slot map, biases...], on the records' device."""
+    prefill_of(_of(records[0]))  # what it cannot mean is said before there is work
     plan, slots = table.plan(layer), slot_map.tolist()
     largest = [
         [_largest_scales(rows, m) for m in record.matrices] for rows, record in zip(records, layer.records, strict=True)
@@ -115,11 +146,15 @@ def packed_linear(layer: Layer, handle: Sequence[Tensor], inputs: Tensor) -> Ten
     out = inputs.new_empty(inputs.shape[0], layer.rows)
     if inputs.shape[0] == 0:
         return out
-    device, inputs = _of(inputs), _aligned(inputs)
-    args = table.LinearArgs(inputs.data_ptr(), out.data_ptr(), _stream(inputs), inputs.shape[0], DTYPES[inputs.dtype])
-    args.block = 64 if inputs.shape[0] <= 64 else 128
+    device, inputs, tokens = _of(inputs), _aligned(inputs), inputs.shape[0]
+    args = table.LinearArgs(inputs.data_ptr(), out.data_ptr())
+    args.stream, args.tokens, args.dtype = _stream(inputs), tokens, DTYPES[inputs.dtype]
+    args.block = 64 if tokens <= 64 else 128
     args.matrix = _matrix(layer, handle, 0, _constants(layer)[1][0])
-    name = "mc_cuda_linear_decode" if inputs.shape[0] <= DECODE_TOKENS else "mc_cuda_linear_prefill"
+    name = "mc_cuda_linear_decode" if tokens <= DECODE_TOKENS else "mc_cuda_linear_prefill"
+    if tokens > DECODE_TOKENS and _by_warp_groups(device, args.block):
+        name, dealt = "mc_cuda_linear_wgmma", inputs.new_empty(tokens, table.whole_blocks(inputs.shape[1]))
+        args.dealt = dealt.data_ptr()
     with _guard(inputs):
         _check(device, getattr(device.library, name)(ctypes.byref(args), device.room))
     return out
@@ -130,23 +165,37 @@ def _run_moe(layer: Layer, handle: Sequence[Tensor], hidden: Tensor, ids: Tensor
     if slots == 0:
         out.zero_()
         return
-    width = layer.records[0].matrices[1].columns
-    middle = hidden.new_empty(tokens * slots, width)
-    args = table.MoeArgs(hidden.data_ptr(), ids.data_ptr(), weights.data_ptr(), middle.data_ptr())
+    args = table.MoeArgs(hidden.data_ptr(), ids.data_ptr(), weights.data_ptr())
     args.out, args.stream = out.data_ptr(), _stream(hidden)
     args.tokens, args.slots, args.dtype = tokens, slots, DTYPES[hidden.dtype]
     args.activation, (up, down) = _constants(layer)
     args.up, args.down = _matrix(layer, handle, 0, up), _matrix(layer, handle, 1, down)
     with _guard(hidden):
         if tokens <= DECODE_TOKENS and slots <= _DECODE_SLOTS:
+            middle = hidden.new_empty(tokens * slots, down.columns)
+            args.middle = middle.data_ptr()
             _check(device, device.library.mc_cuda_decode(ctypes.byref(args), device.room, device.capability >= 90))
-            return
-        args.block = block_of(tokens * slots / layer.experts)
-        words = device.library.mc_cuda_sort_words(ctypes.byref(args))
-        order = torch.empty(words, dtype=torch.int32, device=hidden.device)
-        partial = hidden.new_empty(tokens * slots, layer.rows)
-        args.sorted, args.partial = order.data_ptr(), partial.data_ptr()
-        _check(device, device.library.mc_cuda_prefill(ctypes.byref(args), device.room))
+        else:
+            _run_prefill(device, args, hidden)
+
+
+def _run_prefill(device: Device, args: table.MoeArgs, hidden: Tensor) -> None:
+    """With the workspace that is missing in `args`."""
+    count, library = args.tokens * args.slots, device.library
+    args.block = block_of(count / args.up.experts)
+    run, width, partial = library.mc_cuda_prefill, args.down.columns, count * args.down.rows
+    if _by_warp_groups(device, args.block):
+        run, width = library.mc_cuda_wgmma, table.whole_blocks(width)
+        partial = max(partial, args.tokens * table.whole_blocks(args.up.columns))
+    order = hidden.new_empty(library.mc_cuda_sort_words(ctypes.byref(args)), dtype=torch.int32)
+    workspace = hidden.new_empty(count * width + partial)
+    args.sorted, args.middle = order.data_ptr(), workspace.data_ptr()
+    args.partial = args.middle + workspace.element_size() * count * width
+    _check(device, run(ctypes.byref(args), device.room))
+
+
+def _by_warp_groups(device: Device, block: int) -> bool:
+    return block >= _WGMMA_BLOCK and prefill_of(device)[0] == "wgmma"
 
 
 def block_of(tokens_per_expert: float) -> int:

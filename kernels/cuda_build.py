@@ -18,8 +18,9 @@ from pathlib import Path
 
 from moecompress_kernels.build import SOURCES, BuildError, cached_library, call, compile_and_link
 
-UNITS = ("cuda_repack", "cuda_sort", "cuda_decode", "cuda_prefill")
+UNITS = ("cuda_repack", "cuda_sort", "cuda_decode", "cuda_prefill", "cuda_wgmma")
 ARCHITECTURES = ("80", "86", "89", "90a")
+_ONLY = {"cuda_wgmma": ("90a",)}  # units whose instructions no other architecture has
 FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden".split()
 
 
@@ -48,6 +49,12 @@ def targets(architectures: Sequence[str]) -> list[str]:
     return [word for flag in flags for word in ("-gencode", flag)]
 
 
+def units(architectures: Sequence[str]) -> dict[str, list[str]]:
+    """The units of a library for these architectures, and those of them that each one has code for."""
+    found = {unit: [one for one in architectures if one in _ONLY.get(unit, ARCHITECTURES)] for unit in UNITS}
+    return {unit: those for unit, those in found.items() if those}
+
+
 def architecture_of(capability: tuple[int, int]) -> str:
     """The architecture in ARCHITECTURES whose code a device of this compute capability runs."""
     number = 10 * capability[0] + capability[1]
@@ -67,12 +74,12 @@ def sources_hash(architectures: Sequence[str]) -> str:
 
 def compile_cuda(target: Path, architectures: Sequence[str]) -> None:
     """Build the library at `target`, whole or not at all, without torch. Raises BuildError."""
-    nvcc = find_nvcc()
+    nvcc, code = find_nvcc(), units(architectures)
     with tempfile.TemporaryDirectory(prefix="moecompress-build-") as folder:
-        objects = {name: str(Path(folder) / f"{name}.o") for name in UNITS}
+        objects = {name: str(Path(folder) / f"{name}.o") for name in code}
 
         def compile_one(name: str) -> None:
-            call([*nvcc, *FLAGS, *targets(architectures), "-c", str(SOURCES / f"{name}.cu"), "-o", objects[name]])
+            call([*nvcc, *FLAGS, *targets(code[name]), "-c", str(SOURCES / f"{name}.cu"), "-o", objects[name]])
 
         compile_and_link(objects, compile_one, link_command(nvcc, objects.values()), target)
 

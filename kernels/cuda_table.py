@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from moecompress_kernels.layer import Layer, Matrix
 
-ABI = 1
+ABI = 2
 ROWS, COLUMNS, BLOCK = 16, 128, 32  # of a tile; BLOCK: the finest run of columns with a scale of its own
 WORDS = 8  # 32-bit words of a descriptor
 KINDS = {"bfloat16": 2, "float16": 3, "float32": 4}
@@ -49,7 +49,7 @@ class MoeArgs(ctypes.Structure):
 
 class LinearArgs(ctypes.Structure):
     _fields_ = [
-        *((name, _P) for name in ("inputs", "out", "stream")),
+        *((name, _P) for name in ("inputs", "out", "dealt", "stream")),
         *((name, _I) for name in ("tokens", "dtype", "block", "unused")),
         ("matrix", MatrixArgs),
     ]
@@ -105,6 +105,11 @@ def misfit(layer: Layer) -> str | None:
         if matrix.group != matrix.columns and matrix.group % BLOCK:
             return f"groups of {matrix.group} columns, not a multiple of {BLOCK}"
     return None
+
+
+def whole_blocks(columns: int) -> int:
+    """Columns of a row whose blocks are dealt to lanes (csrc/cuda_wgmma.cu)."""
+    return -(-columns // BLOCK) * BLOCK
 
 
 @lru_cache(maxsize=1024)

@@ -2,7 +2,7 @@
 #pragma once
 
 // Bump with every change of a structure, a layout or a meaning.
-#define MC_CUDA_ABI 1
+#define MC_CUDA_ABI 2
 
 enum McDtype { MC_BF16 = 2, MC_FP16 = 3, MC_F32 = 4 };  // Kind of cuda_layout.cuh
 enum McFunction { MC_SILU = 0, MC_GELU = 1, MC_GELU_TANH = 2, MC_RELU = 3, MC_RELU2 = 4, MC_IDENTITY = 5 };
@@ -39,6 +39,7 @@ struct McMoe {
 struct McLinear {
   const void* inputs;  // [T, columns]
   void* out;           // [T, rows]
+  void* dealt;         // workspace [T, columns in whole blocks of 32], dtype; wgmma only
   void* stream;
   int tokens, dtype, block, unused;
   McMatrix matrix;

@@ -86,20 +86,12 @@ MC_DEVICE void prefill_loop(const Shape<kGroups>& shape, unsigned char* stages, 
 // blockIdx: (rows of the matrix, block of tokens); rows first, so that neighbours share their tokens.
 template <class T, int kGroups>
 MC_KERNEL(kThreads, 1) prefill(PrefillParams p) {
-  const Shape<kGroups> shape{p.across};
   MC_SHARED(shared);
-  if (p.blocks && static_cast<int>(blockIdx.y) >= *p.blocks) return;
-  int* sources = reinterpret_cast<int*>(shared);
-  int* targets = sources + shape.tokens();
-  unsigned char* stages = shared + shape.fixed_bytes();
-  list_rows(shape, p, sources, targets);
-  const int expert = p.block_expert ? p.block_expert[blockIdx.y] : 0, row_tile = blockIdx.x * shape.tiles();
-  const Descriptor d = static_cast<const Descriptor*>(p.matrix.table)[expert * p.matrix.matrices + p.matrix.which];
-  float acc[kPair][kGroups][4] = {};
-  for_width(d.bits, [&](auto width) {
+  const Shape<kGroups> shape{p.across};
+  run_block<T>(shape, p, shared, [&](auto width, unsigned char* stages, const Descriptor& d, const int* sources,
+                                     int row_tile, auto& acc) {
     prefill_loop<T, decltype(width)::value, kGroups>(shape, stages, p, d, sources, row_tile, acc);
   });
-  write_results<T, kGroups>(shape, reinterpret_cast<float*>(stages), p, d, expert, targets, row_tile, acc);
 }
 
 struct SumParams {

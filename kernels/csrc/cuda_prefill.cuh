@@ -1,5 +1,5 @@
-// What the grouped products of prefill share, whichever tensor core instruction they use: parameters, copies of weights,
-// a block of 32 columns decoded and scaled in registers, and what becomes of the sums.
+// What the grouped products of prefill share, whatever instruction multiplies: parameters, copies of weights, a block
+// of 32 columns decoded and scaled in registers, what becomes of the sums.
 #pragma once
 
 #include "cuda_activation.cuh"
@@ -68,17 +68,15 @@ struct Shape {
   MC_BOTH int sum_bytes() const { return tokens() * pitch() * 4; }
 };
 
-// Starts the copies of the block's tiles of one column tile.
+// Starts the copies of the block's tiles of one column tile, a warp for each tile in turn.
 template <class S>
 MC_DEVICE void copy_tiles(const S& shape, unsigned char* tiles, const McMatrix& m, const Descriptor& d, int row_tile,
                           int column_tile) {
-  const unsigned char* blob = static_cast<const unsigned char*>(m.blob) + 16ll * d.offset;
-  const int chunks = d.stride / 16;
-  for (int i = threadIdx.x; i < shape.tiles() * chunks; i += kThreads) {
-    const int tile = i / chunks, at = i % chunks * 16;
-    if (row_tile + tile >= m.row_tiles) break;
+  const int lane = threadIdx.x % kLanes;
+  for (int tile = threadIdx.x / kLanes; tile < shape.tiles() && row_tile + tile < m.row_tiles; tile += kWarps) {
     const long long index = static_cast<long long>(row_tile + tile) * m.column_tiles + column_tile;
-    copy_async(tiles + tile * m.max_stride + at, blob + index * d.stride + at);
+    const unsigned char* from = static_cast<const unsigned char*>(m.blob) + 16ll * d.offset + index * d.stride;
+    for (int at = 16 * lane; at < d.stride; at += 16 * kLanes) copy_async(tiles + tile * m.max_stride + at, from + at);
   }
 }
 
@@ -183,6 +181,21 @@ MC_DEVICE void write_results(const Shape<kGroups>& shape, float* sums, const Pre
     if (p.output == kWeighted) value *= static_cast<const float*>(p.weights)[target];
     store_value<T>(p.out, to, value);
   }
+}
+
+// A block: what it multiplies, `loop` over the columns for the width of its expert's matrix, what becomes of the sums.
+template <class T, int kGroups, class Loop>
+MC_DEVICE void run_block(const Shape<kGroups>& shape, const PrefillParams& p, unsigned char* shared, const Loop& loop) {
+  if (p.blocks && static_cast<int>(blockIdx.y) >= *p.blocks) return;
+  int* sources = reinterpret_cast<int*>(shared);
+  int* targets = sources + shape.tokens();
+  unsigned char* stages = shared + shape.fixed_bytes();
+  list_rows(shape, p, sources, targets);
+  const int expert = p.block_expert ? p.block_expert[blockIdx.y] : 0, row_tile = blockIdx.x * shape.tiles();
+  const Descriptor d = static_cast<const Descriptor*>(p.matrix.table)[expert * p.matrix.matrices + p.matrix.which];
+  float acc[kPair][kGroups][4] = {};
+  for_width(d.bits, [&](auto width) { loop(width, stages, d, sources, row_tile, acc); });
+  write_results<T, kGroups>(shape, reinterpret_cast<float*>(stages), p, d, expert, targets, row_tile, acc);
 }
 
 // The sum over slots of `partial`, the last step of a layer. Returns a CUDA error code.

@@ -1,7 +1,8 @@
 // The machine on a CPU, for tests: the kernels' own source runs on fibers, one per thread, a block at a time.
 //
 // Kept strict where a GPU is strict: shared memory starts as NaN, an asynchronous copy lands only when it is waited
-// for, threads run until they meet a barrier and in either order, the mma is computed from its documented fragments.
+// for and leaves NaN until then, threads run until they meet a barrier and in either order, the mma is computed from its
+// documented fragments (wgmma: cuda_wgmma_shim.cuh).
 #pragma once
 
 #include <ucontext.h>
@@ -58,12 +59,16 @@ struct Fiber {
   int seen = 0;
   bool done = false;
   std::deque<std::vector<Copy>> copies;
+  std::vector<int> landed;  // pieces of 16 bytes that it copied since its last fence of the proxies
   void* fake_stack = nullptr;
 };
 
 struct Block {
   Index3 index, thread_count, grid;
   unsigned char* shared;
+  int shared_bytes;
+  std::vector<int> unfenced, reads;  // of each 16 bytes of shared memory: copies without a fence, products that read it
+  std::shared_ptr<void> products;    // what cuda_wgmma_shim.cuh keeps
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   int arrived = 0, generation = 0, alive = 0, current = 0;
@@ -79,7 +84,12 @@ inline Block*& block_pointer() {
   return pointer;
 }
 inline Block& block() { return *block_pointer(); }
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "cuda shim: %s\n", what);
+  std::abort();
+}
 inline Fiber& fiber() { return block().fibers[block().current]; }
+inline size_t piece(const void* p) { return (static_cast<const unsigned char*>(p) - block().shared) / 16; }
 inline int& order() {  // 0: threads run upwards, 1: downwards
   static int value = 0;
   return value;
@@ -129,10 +139,13 @@ inline void run_block(Block& b, int threads) {
   b.alive = threads;
   b.arrived = b.generation = 0;
   for (Warp& warp : b.warps) warp.arrived = 0;
+  b.unfenced.assign((b.shared_bytes + 15) / 16, 0);
+  b.reads.assign(b.unfenced.size(), 0);
   for (Fiber& f : b.fibers) {
     f.done = false;
     f.waits_for = nullptr;
     f.copies.assign(1, {});
+    f.landed.clear();
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStack;
@@ -152,11 +165,9 @@ inline void run_block(Block& b, int threads) {
       swapcontext(&b.scheduler, &f.context);
       finish_switch(fake);
     }
-    if (!moved) {
-      std::fputs("cuda shim: threads wait for each other\n", stderr);
-      std::abort();
-    }
+    if (!moved) fail("threads wait for each other");
   }
+  b.products.reset();
 }
 
 // All 32 lanes meet; the last one to arrive runs `work` on the warp.
@@ -268,11 +279,11 @@ struct Fp16 : Arithmetic<Fp16> {
 
 inline void copy_async(void* to, const void* from, bool valid = true) {
   shim::Copy copy{to, {0, 0, 0, 0}};
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
-    std::fputs("cuda shim: a copy of 16 bytes is not aligned\n", stderr);
-    std::abort();
-  }
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    shim::fail("a copy of 16 bytes is not aligned");
+  if (shim::block().reads[shim::piece(to)]) shim::fail("a copy into shared memory that a product reads");
   if (valid) std::memcpy(&copy.value, from, 16);
+  std::memset(to, 0xff, 16);  // from now on it may land
   shim::fiber().copies.back().push_back(copy);
 }
 inline void stream_async(void* to, const void* from, unsigned long long) { copy_async(to, from); }
@@ -282,7 +293,11 @@ template <int kPending>
 void copy_wait() {
   auto& groups = shim::fiber().copies;  // the last one is open
   while (static_cast<int>(groups.size()) - 1 > kPending) {
-    for (const shim::Copy& copy : groups.front()) std::memcpy(copy.to, &copy.value, 16);
+    for (const shim::Copy& copy : groups.front()) {
+      std::memcpy(copy.to, &copy.value, 16);
+      ++shim::block().unfenced[shim::piece(copy.to)];
+      shim::fiber().landed.push_back(shim::piece(copy.to));
+    }
     groups.pop_front();
   }
 }
@@ -328,6 +343,7 @@ int launch(void (*kernel)(Params), const Launch& l, void*, Params params) {
   shim::Block b;
   std::unique_ptr<unsigned char[]> shared(new unsigned char[l.shared + 128]);
   b.shared = shared.get() + (128 - reinterpret_cast<uintptr_t>(shared.get()) % 128);
+  b.shared_bytes = l.shared;
   b.thread_count = {l.threads, 1, 1};
   b.grid = {l.x, l.y, l.z};
   b.warps.resize((l.threads + 31) / 32);

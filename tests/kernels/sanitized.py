@@ -34,11 +34,13 @@ def main(library: Path) -> None:
             handle = cuda.prepare(packed.layer, packed.records, packed.slot_map, packed.biases)
             for expert in range(len(schemes)):
                 cuda.record(packed.layer, handle, expert)
-            for tokens in (1, 3, 17, 40):
+            for tokens, prefill in ((1, "mma"), (3, "mma"), (17, "mma"), (40, "mma"), (90, "wgmma")):
+                patch.setenv(cuda.PREFILL, prefill)
                 cuda.moe_mlp(packed.layer, handle, *routing(tokens, len(schemes), 2, hidden, torch.bfloat16))
         packed = linear(weight(72, 264, Scheme(3)))
         handle = cuda.prepare(packed.layer, packed.records, packed.slot_map, [])
-        for tokens in (1, 20, 70):
+        for tokens, prefill in ((1, "mma"), (20, "mma"), (70, "mma"), (70, "wgmma")):
+            patch.setenv(cuda.PREFILL, prefill)
             cuda.packed_linear(packed.layer, handle, torch.ones(tokens, 264, dtype=torch.float16))
     print("done")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,22 +19,26 @@ from moecompress_kernels.build import SOURCES, BuildError, call
 
 # three, two and one block on a multiprocessor; repacking runs once
 LIMITS = {"decode_up": 80, "decode_down": 64, "prefill": 255, "pack_tiles": 96}
-KERNELS = {  # of a unit: decode_up for 2 types x gated or not, decode_down for 2; prefill for 2 x (2 shapes, sum)
-    "cuda_decode": 6,
+KERNELS = {  # of a unit: decode_up for 2 types x gated or not, decode_down for 2; prefill for 2 x (2 shapes, sum);
+    "cuda_wgmma": 5,  # for 2 types x 2 shapes, and what deals columns
     "cuda_prefill": 6,
+    "cuda_decode": 6,
     "cuda_sort": 3,
     "cuda_repack": 2,
 }
+CODE = cuda_build.units(cuda_build.ARCHITECTURES)
 WIDTHS = 5  # loops of a kernel, one for each
 # (in the name, mma in a loop). Decode: eight steps along a tile, in each one a row tile and one for the tokens' sums.
-# Prefill: four steps (a loop over halves stays one), in each two row tiles times the groups of eight tokens.
+# Prefill: four steps (a loop over halves stays one), in each two row tiles times the groups of eight tokens; those of a
+# warp group (HGMMA) have all tokens, and one group of them runs while the next is decoded: as many commits and waits.
 PRODUCTS = {
+    r"group_prefill": 4 * 2,
     r"decode_up.*Li1E": 8 * (1 + 1),
     r"decode_up.*Li2E": 8 * (2 + 1),
     r"decode_down": 8 * (1 + 1),
     r"prefill.*Li2E": 4 * 2 * 2,
     r"prefill.*Li8E": 4 * 2 * 8,
-    r"sum_slots": 0,
+    r"sum_slots|deal_rows": 0,
 }
 COMPILED = re.compile(
     r"Compiling entry function '(\S+)' for '(\w+)'.*?"
@@ -54,14 +60,17 @@ def nvcc() -> list[str]:
 @pytest.fixture(scope="module")
 def units(nvcc: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
     """Unit -> (object file with code for all architectures, what ptxas said)."""
-    folder, made = tmp_path_factory.mktemp("code"), {}
-    flags = [*cuda_build.FLAGS, *cuda_build.targets(cuda_build.ARCHITECTURES), "-Xptxas", "-v"]
-    for unit in KERNELS:
+    folder = tmp_path_factory.mktemp("code")
+
+    def made(unit: str) -> tuple[Path, str]:
+        flags = [*cuda_build.FLAGS, *cuda_build.targets(CODE[unit]), "-Xptxas", "-v"]
         command = [*nvcc, *flags, "-c", str(SOURCES / f"{unit}.cu"), "-o", str(folder / f"{unit}.o")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        made[unit] = folder / f"{unit}.o", done.stderr
-    return made
+        return folder / f"{unit}.o", done.stderr
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(KERNELS, pool.map(made, KERNELS), strict=True))
 
 
 @pytest.fixture
@@ -79,7 +88,8 @@ def cuobjdump(nvcc: list[str]) -> str:
 @pytest.mark.parametrize("unit", KERNELS)
 def test_no_spills_on_any_architecture(unit: str, units: dict[str, tuple[Path, str]]) -> None:
     found = COMPILED.findall(units[unit][1])
-    assert Counter(arch for _, arch, *_ in found) == {f"sm_{one}": KERNELS[unit] for one in cuda_build.ARCHITECTURES}
+    assert Counter(arch for _, arch, *_ in found) == {f"sm_{one}": KERNELS[unit] for one in CODE[unit]}
+    assert "serialized" not in units[unit][1], "ptxas lets the products of a warp group wait for each other"
     for name, arch, stored, loaded, registers in found:
         assert int(stored) + int(loaded) == 0, f"{name} on {arch} spills"
         limit = next((most for part, most in LIMITS.items() if part in name), 64)
@@ -98,8 +108,10 @@ def instructions(cuobjdump: str, path: Path, architecture: str) -> dict[str, Cou
     return found
 
 
-@pytest.mark.parametrize("unit", ["cuda_decode", "cuda_prefill"])
-@pytest.mark.parametrize("architecture", cuda_build.ARCHITECTURES)
+PLACES = [(unit, one) for unit in ("cuda_decode", "cuda_prefill", "cuda_wgmma") for one in CODE[unit]]
+
+
+@pytest.mark.parametrize(("unit", "architecture"), PLACES)
 def test_products_are_on_tensor_cores(
     unit: str, architecture: str, units: dict[str, tuple[Path, str]], cuobjdump: str
 ) -> None:
@@ -108,7 +120,8 @@ def test_products_are_on_tensor_cores(
     assert len(found) == KERNELS[unit]
     for name, counts in found.items():
         products = next(number for part, number in PRODUCTS.items() if re.search(part, name))
-        assert counts["HMMA"] == WIDTHS * products, name
+        ours, other = ("HGMMA", "HMMA") if unit == "cuda_wgmma" else ("HMMA", "HGMMA")
+        assert counts[ours] == WIDTHS * products and not counts[other], name
         assert bool(counts["LDGSTS"]) == bool(products), name
         assert not counts["LDL"] and not counts["STL"], name
         early = architecture == "90a"
@@ -123,7 +136,7 @@ def test_the_library_loads_and_says_what_is_missing(
     library = tmp_path / "cuda.so"
     call([*cuda_build.link_command(nvcc, [str(path) for path, _ in units.values()]), "-o", str(library)])
     loaded = cuda.load(library)
-    for name in ("decode", "prefill", "linear_decode", "linear_prefill", "sort", "pack", "unpack"):
+    for name in ("decode", "prefill", "wgmma", "sort", "pack", "unpack", "linear_decode", "linear_wgmma"):
         assert getattr(loaded, f"mc_cuda_{name}")
     facts = (ctypes.c_int * 3)()
     code = loaded.mc_cuda_device(facts)

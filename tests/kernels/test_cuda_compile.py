@@ -50,10 +50,12 @@ def test_a_library_is_built_once_for_each_architecture(monkeypatch: pytest.Monke
     calls = log.read_text().splitlines()
     assert len(calls) == len(cuda_build.UNITS) + 1
     assert all("arch=compute_90a,code=sm_90a" in call for call in calls[:-1]) and "-cudart static" in calls[-1]
+    assert any("csrc/cuda_wgmma.cu" in call for call in calls[:-1])
     assert cuda_build.cached_cuda("90a") == (first, f"from the cache {first.parent}")
     assert len(log.read_text().splitlines()) == len(calls)
     other, _ = cuda_build.cached_cuda("86")
-    assert other != first and "sm_86,compute_80" in log.read_text().splitlines()[len(calls)]
+    more = log.read_text().splitlines()[len(calls) :]
+    assert other != first and "sm_86,compute_80" in more[0] and not any("cuda_wgmma" in call for call in more)
 
 
 def test_processes_that_need_a_library_at_once_build_it_once(tmp_path: Path) -> None:
@@ -63,7 +65,14 @@ def test_processes_that_need_a_library_at_once_build_it_once(tmp_path: Path) -> 
     code = "from moecompress_kernels.cuda_build import cached_cuda; print(cached_cuda('80')[0].read_text())"
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(2)]
     assert [one.communicate()[0].strip() for one in both] == [b"built", b"built"]
-    assert len(log.read_text().splitlines()) == len(cuda_build.UNITS) + 1
+    assert len(log.read_text().splitlines()) == len(cuda_build.units(["80"])) + 1
+
+
+def test_units_have_code_for_the_architectures_that_can_run_it() -> None:
+    code = cuda_build.units(cuda_build.ARCHITECTURES)
+    assert list(code) == list(cuda_build.UNITS) and code.pop("cuda_wgmma") == ["90a"]
+    assert set(map(tuple, code.values())) == {cuda_build.ARCHITECTURES}
+    assert "cuda_wgmma" not in cuda_build.units(["80", "89"]) and len(cuda_build.units(["90a"])) == 5
 
 
 def test_libraries_are_built_ahead_of_time(
