@@ -3,7 +3,8 @@
     python scripts/bench_cuda.py [--quick] [--json FILE|-] [--shapes qwen3,mixtral,...] [--bits 4,3] [--tokens 1,4,...]
                                  [--no-checks]
 
-Both backends of the device are timed, each where it can run: `cuda`, the compiled library, and `triton`. Times are
+Both backends of the device are timed, each where it can run: `cuda`, the compiled library, and `triton`; on compute
+capability 9.0 also `cuda wgmma`, the library's other prefill, where a block of it has 64 tokens or more. Times are
 medians of CUDA graph replays. A graph holds several calls, each with other experts where the layer has enough, so that
 weights come from memory and not from the cache. `gbs` counts the bytes of the experts that were used (codes and scales)
 once; `fraction_of_bandwidth` compares with a copy on the device, measured in the same run. The peer is PyTorch's
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from torch.nn import functional as F
 from moecompress import ops
 from moecompress.checkpoint.native import plan_record
 from moecompress.types import Scheme
+from moecompress_kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # title, hidden, width, experts, experts per token
@@ -145,31 +149,61 @@ def bench(backends: list[str], shapes: list[str], bits: list[int], tokens: list[
         peer_ms = {count: graph_ms(peer.run, several(shape, count), seconds) for count in tokens}
         del peer
         for width in bits:
-            for backend in backends:
-                for row in bench_layer(backend, shape, width, tokens, seconds):
+            for name in timed(backends):
+                for row in bench_layer(name, shape, width, tokens, seconds):
                     row["fraction_of_bandwidth"] = row["gbs"] / bandwidth
                     row["peers"] = {PEER: peer_ms[row["M"]]}
                     rows.append(row)
     return {
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
-        "backends": {name: ops.backend(name).describe() for name in backends},
+        "backends": {name: described(name) for name in timed(backends)},
         "torch": torch.__version__,
         "bandwidth_gbs": bandwidth,
         "rows": rows,
     }
 
 
-def bench_layer(backend: str, shape: str, bits: int, tokens: list[int], seconds: float) -> Iterator[dict[str, Any]]:
-    """Rows of one layer in one backend, without what they are compared with."""
-    title, hidden, width, _, per_token = SHAPES[shape]
+def timed(backends: list[str]) -> list[str]:
+    """Backends, and behind `cuda` its other prefill where the device has it."""
+    properties = torch.cuda.get_device_properties(0)
+    other = ["cuda wgmma"] if (properties.major, properties.minor) == (9, 0) else []
+    return [name for one in backends for name in ([one, *other] if one == "cuda" else [one])]
+
+
+@contextmanager
+def chosen(name: str) -> Iterator[str]:
+    """The backend of a name in `timed`, with its prefill in the environment."""
+    backend, _, prefill = name.partition(" ")
+    before = os.environ.get(cuda.PREFILL)
+    os.environ[cuda.PREFILL] = prefill or "mma"
+    try:
+        yield backend
+    finally:
+        os.environ.pop(cuda.PREFILL)
+        if before is not None:
+            os.environ[cuda.PREFILL] = before
+
+
+def described(name: str) -> str:
+    with chosen(name) as backend:
+        return ops.backend(backend).describe()
+
+
+def bench_layer(name: str, shape: str, bits: int, tokens: list[int], seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of one layer in one of `timed`, without what they are compared with."""
+    title, hidden, width, experts, per_token = SHAPES[shape]
+    backend = name.partition(" ")[0]
     layer, handle, expert_bytes = packed_layer(shape, bits, backend)
+    if backend != name:  # fewer are not multiplied otherwise
+        tokens = [n for n in tokens if n > cuda.DECODE_TOKENS and cuda.block_of(n * per_token / experts) >= 64]
     for count in tokens:
         inputs = several(shape, count)
-        ms = graph_ms(lambda one: ops.moe_mlp(*one, handle, backend, layer.text), inputs, seconds)
+        with chosen(name):
+            ms = graph_ms(lambda one: ops.moe_mlp(*one, handle, backend, layer.text), inputs, seconds)
         used = statistics.mean(len(ids.unique()) for _, ids, _ in inputs)
-        print(f"{title}, {bits} bits, {count} tokens, {backend}: {1e3 * ms:.1f} us", file=sys.stderr, flush=True)
-        row = {"backend": backend, "shape": title, "M": count, "bits": bits, "ms": ms}
+        print(f"{title}, {bits} bits, {count} tokens, {name}: {1e3 * ms:.1f} us", file=sys.stderr, flush=True)
+        row = {"backend": name, "shape": title, "M": count, "bits": bits, "ms": ms}
         yield row | {"gbs": used * expert_bytes / ms / 1e6, "tflops": 6e-9 * count * per_token * hidden * width / ms}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -27,11 +28,19 @@ SHAPES = {  # hidden, width, experts, experts per token, activation; fewer exper
 }
 
 
-@pytest.fixture(scope="module", params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if reason := ops.backend(request.param).unavailable():
+@pytest.fixture(scope="module", params=["cuda", "cuda wgmma", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend's name; the compiled one with each of its prefills."""
+    name, _, prefill = request.param.partition(" ")
+    if reason := ops.backend(name).unavailable():
         pytest.skip(reason)
-    return str(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cuda.PREFILL, prefill or "mma")
+        if prefill:
+            found, why = cuda.prefill_of(cuda._device(torch.cuda.current_device()))
+            if found != prefill:
+                pytest.skip(why)
+        yield name
 
 
 class Prepared(NamedTuple):

@@ -28,7 +28,7 @@ def test_the_tests_for_devices(shim_library: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     found = re.findall(r"(\d+) (passed|skipped|failed)", done.stdout)
-    assert found == [("11" if HAS_TRITON else "6", "passed")], done.stdout[-300:]
+    assert found == [("16" if HAS_TRITON else "11", "passed")], done.stdout[-300:]
 
 
 @pytest.fixture
@@ -48,19 +48,24 @@ def test_the_benchmark(
     bench: ModuleType, shim_library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "result.json"
-    words = ["--quick", "--no-checks", "--tokens", "1,20", "--json", str(out)]
+    words = ["--quick", "--no-checks", "--tokens", "1,20,70", "--json", str(out)]
     backends = ["cuda", "triton"] if HAS_TRITON else ["cuda"]
     bench.BACKENDS = backends
     with fakecuda.pretended(shim_library):
         assert bench.main(words) == 0
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith("| Small")]
-    assert len(lines) == len(backends) * 2 * 2 and all(line.count("|") == 10 for line in lines)
-    result = json.loads(out.read_text())
-    assert result["capability"] == "9.0" and list(result["backends"]) == backends
-    assert [(r["bits"], r["backend"], r["M"]) for r in result["rows"]] == [
-        (bits, backend, tokens) for bits in (4, 3) for backend in backends for tokens in (1, 20)
+    result, timed = json.loads(out.read_text()), ["cuda", "cuda wgmma", *backends[1:]]
+    wanted = [  # warp groups where a block has 64 tokens: mma for fewer
+        (bits, name, tokens)
+        for bits in (4, 3)
+        for name in timed
+        for tokens in ((70,) if name == "cuda wgmma" else (1, 20, 70))
     ]
+    assert len(lines) == len(wanted) and all(line.count("|") == 10 for line in lines)
+    assert result["capability"] == "9.0" and list(result["backends"]) == timed
+    assert "prefill with wgmma" in result["backends"]["cuda wgmma"]
+    assert [(r["bits"], r["backend"], r["M"]) for r in result["rows"]] == wanted
     for row in result["rows"]:  # a graph of two calls takes 100 ms
         assert row["ms"] == 50.0 and row["peers"] == {bench.PEER: 50.0} and row["gbs"] > 0 and row["tflops"] > 0
 
