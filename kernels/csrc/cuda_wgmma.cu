@@ -52,13 +52,14 @@ MC_DEVICE void fill_stage(const S& shape, const Ring& ring, int stage, const Pre
                           const int* sources, int row_tile, int column_tile) {
   constexpr int step = kThreads / 16;  // rows that are copied at once
   static_assert(step % 8 == 0, "a thread's chunks are swizzled alike");
-  const int chunk = threadIdx.x % 16, column = column_tile * kColumns + 8 * chunk;
-  const unsigned short* from = static_cast<const unsigned short*>(p.rows) + column;
-  unsigned char* to = ring.tokens + stage * ring.token_bytes + swizzled_offset(shape.tokens(), threadIdx.x / 16, chunk);
+  const int first = threadIdx.x / 16, chunk = threadIdx.x % 16, column = column_tile * kColumns + 8 * chunk;
+  const bool inside = column < p.pitch;
+  const unsigned char* from = static_cast<const unsigned char*>(p.rows) + (inside ? 2 * column : 0);
+  unsigned char* to = ring.tokens + stage * ring.token_bytes + swizzled_offset(shape.tokens(), first, chunk);
 #pragma unroll 4
-  for (int row = threadIdx.x / 16; row < shape.tokens(); row += step, to += step * kSpan) {
-    const bool valid = sources[row] >= 0 && column < p.pitch;
-    copy_async(to, valid ? from + static_cast<long long>(sources[row]) * p.pitch : p.rows, valid);
+  for (int i = 0; i < shape.tokens() / step; ++i) {
+    const int source = sources[first + i * step], row = source < 0 ? 0 : source;
+    copy_async(to + i * step * kSpan, from + static_cast<long long>(row) * (2 * p.pitch), inside && source >= 0);
   }
   copy_tiles(shape, ring.tiles + stage * ring.tile_bytes, p.matrix, d, row_tile, column_tile);
 }
@@ -101,14 +102,12 @@ MC_DEVICE void multiply_loop(const Shape<kGroups>& shape, unsigned char* stages,
     }
     async_proxy_fence();
     block_sync();  // here every product but each group's last is complete: the stage before `used` is not free yet
-    if (tile + ahead < m.column_tiles) fill_stage(shape, ring, free, p, d, sources, row_tile, tile + ahead);
-    copy_commit();
-    if (works) {
-      const unsigned char* tiles = ring.tiles + used * ring.tile_bytes + warp * kPair * m.max_stride;
-      const unsigned long long tokens = token_descriptor(ring.tokens + used * ring.token_bytes);
-      Grid grids[kPair];
+    const unsigned char* tiles = ring.tiles + used * ring.tile_bytes + warp * kPair * m.max_stride;
+    const unsigned long long tokens = token_descriptor(ring.tokens + used * ring.token_bytes);
+    Grid grids[kPair];
 #pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half) {
+      if (works) {
         unsigned words[kPair][kBits];
 #pragma unroll
         for (int r = 0; r < kPair; ++r) load_words<kBits>(tiles + r * m.max_stride, lane, half, words[r]);
@@ -116,6 +115,10 @@ MC_DEVICE void multiply_loop(const Shape<kGroups>& shape, unsigned char* stages,
         multiply_block<T, kBits, kGroups, 0>(words, grids, tiles, part, m, d, half, lane, a, acc);
         multiply_block<T, kBits, kGroups, 1>(words, grids, tiles, part, m, d, half, lane, a, acc);
       }
+      if (half) continue;
+      if (tile + ahead < m.column_tiles)  // while products run, not while they wait for these copies to be issued
+        fill_stage(shape, ring, free, p, d, sources, row_tile, tile + ahead);
+      copy_commit();
     }
     used = used + 1 == p.stages ? 0 : used + 1;
     free = free + 1 == p.stages ? 0 : free + 1;

@@ -92,6 +92,13 @@ def test_scales_of_other_types(scale_dtype: torch.dtype, place: str) -> None:
     check(experts(schemes, 128, 64, dtype=scale_dtype), routing(40, 2, 2, 128, BF16), place)
 
 
+def test_the_largest_tiles_fit(place: str) -> None:
+    """8 bits with float32 scales and zero points of 32 columns: three stages of 128 tokens, what a block may have."""
+    matrix = weight(40, 512, Scheme(8, 32, False, "float"), torch.float32)
+    inputs = torch.randn(130, 512, generator=torch.Generator().manual_seed(9)).to(FP16)
+    assert error(run(linear(matrix), [inputs], place), inputs.double() @ values(matrix).T) < PREFILL[FP16]
+
+
 @pytest.mark.parametrize("tokens", [17, 64, 65, 128, 129, 300])
 def test_linears_of_any_number_of_tokens(tokens: int, place: str) -> None:
     matrix = weight(72, 264, Scheme(4))
