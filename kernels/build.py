@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import platform
@@ -132,6 +133,7 @@ def cached_library(name: str, digest: str, build: Callable[[Path], None], what: 
     except OSError as error:
         _say(what)
         private = Path(tempfile.mkdtemp(prefix="moecompress-kernels-")) / name
+        atexit.register(shutil.rmtree, private.parent, ignore_errors=True)
         build(private)
         return private, f"built for this process only, the cache {folder} cannot be written ({error.strerror})"
 

@@ -120,13 +120,13 @@ def packed_linear(layer: Layer, handle: Sequence[Tensor], inputs: Tensor) -> Ten
 
 
 class Cut(NamedTuple):
-    """How slots are cut into blocks; blocks, order: as the kernel takes them. count: slots."""
+    """How slots are cut into blocks; blocks, order: as the kernel takes them."""
 
     blocks: Tensor | None
     order: Tensor | None
     tokens: int
     number: int
-    count: int
+    slots: int
 
 
 def one_each(ids: Tensor) -> Cut:
@@ -169,13 +169,13 @@ def _product(
     # Triton's interpreter multiplies bfloat16 wrongly and rounds to it wrongly; float32 holds the same values.
     plain = device.INTERPRETED and torch.bfloat16 in (inputs.dtype, dtype)
     multiply = torch.float32 if plain else inputs.dtype
-    out = inputs.new_empty(cut.count, facts.width, dtype=torch.float32 if plain else dtype)
+    out = inputs.new_empty(cut.slots, facts.width, dtype=torch.float32 if plain else dtype)
     act = facts.activation
     grid = (-(-facts.width // _CHANNELS), cut.number)
     with torch.cuda.device(inputs.device) if inputs.is_cuda else nullcontext():
         device.product[grid](
             *(inputs, steps, out, handle[0], handle[1][matrix], cut.blocks, cut.order, weights, bias),
-            *(cut.count, per_row, facts.columns, facts.width, layer.experts),
+            *(cut.slots, per_row, facts.columns, facts.width, layer.experts),
             *(act.alpha, math.inf if act.limit is None else act.limit, act.shift),
             MULTIPLY=_word(multiply),
             SCALES=_word(facts.scales),

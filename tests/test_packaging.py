@@ -44,23 +44,44 @@ def files_to_ship() -> Iterator[str]:
                 yield f"{name}/{inside.as_posix()}"
 
 
-def build_wheel(folder: Path, compiler: dict[str, str]) -> Path:
-    """The wheel, built from a copy with the compilers that CC and CXX name, and no torch that could be imported."""
-    source, hook, out = (folder / name for name in ("source", "hook", "wheel"))
+def run(command: list[str], cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def copied_source(folder: Path) -> Path:
+    source = folder / "source"
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+def build_wheel(folder: Path, compiler: dict[str, str]) -> Path:
+    """The wheel, built from a copy with the compilers that CC and CXX name, and no torch that could be imported: what
+    pip's isolated build has, too, is setuptools alone."""
+    source, hook, out = copied_source(folder), folder / "hook", folder / "wheel"
     hook.mkdir()
     out.mkdir()
     (hook / "sitecustomize.py").write_text(BLOCK_TORCH)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
-    environment = {**os.environ, "PYTHONPATH": str(hook), **compiler}
-    built = subprocess.run(
-        [*pip, "-w", str(out), str(source)], env=environment, cwd=out, capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
+    run([*pip, "-w", str(out), str(source)], out, PYTHONPATH=str(hook), **compiler)
     return next(out.glob("*.whl"))
+
+
+@pytest.fixture
+def quick_compiler(tmp_path: Path) -> dict[str, str]:
+    """The compiler, but without the optimisation that takes most of its time."""
+    if shutil.which("c++") is None:
+        pytest.skip("there is no compiler")
+    script = tmp_path / "quick-c++"
+    script.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    script.chmod(0o755)
+    return {"CXX": str(script)}
 
 
 def install(wheel: Path, target: Path) -> Path:
@@ -69,21 +90,10 @@ def install(wheel: Path, target: Path) -> Path:
     return target
 
 
-def kernels_say(site: Path, cwd: Path, **environment: str) -> str:
-    """Which backends an installation has and why, asked in a process of its own."""
-    code = (
-        "from moecompress import ops; print([(n, ops.unavailable(n) or ops.backend(n).describe()) for n in ops.ORDER])"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(site), **environment},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+def doctor_says(site: Path, cwd: Path, **environment: str) -> str:
+    """What `moecompress doctor` of an installation says of the CPU kernels."""
+    said = run([sys.executable, "-m", "moecompress", "doctor"], cwd, PYTHONPATH=str(site), **environment)
+    return next(line for line in said.splitlines() if line.startswith("kernels   cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +136,8 @@ def test_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
 def test_installed_wheel_imports_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     target = install(wheel, tmp_path / "site")
     code = f"import {', '.join(FOLDERS.values())}; print(moecompress.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(target)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert Path(run.stdout.strip()).is_relative_to(target)
+    said = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(target))
+    assert Path(said.strip()).is_relative_to(target)
     assert (target / "bin" / "moecompress").exists()
 
 
@@ -139,27 +145,55 @@ def test_installed_wheel_imports_from_anywhere(wheel: Path, tmp_path: Path) -> N
 def test_without_a_compiler_kernels_say_what_is_missing(wheel: Path, tmp_path: Path) -> None:
     site = install(wheel, tmp_path / "site")
     own = {"MOECOMPRESS_KERNEL_CACHE": str(tmp_path / "cache")}
-    assert "/no/such/compiler, does not exist" in kernels_say(site, tmp_path, CXX="/no/such/compiler", **own)
-    assert "/bin/false failed with 1" in kernels_say(site, tmp_path, CXX="/bin/false", **own)
+    for compiler, reason in (("/no/such/compiler", "does not exist"), ("/bin/false", "failed with 1")):
+        said = doctor_says(site, tmp_path, CXX=compiler, **own)
+        assert "not available" in said and compiler in said and reason in said
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
-def test_a_cache_that_cannot_be_written_is_said(wheel: Path, tmp_path: Path) -> None:
-    site = install(wheel, tmp_path / "site")
+def test_a_compiler_at_the_first_use_fills_the_cache(
+    wheel: Path, tmp_path: Path, quick_compiler: dict[str, str]
+) -> None:
+    site, cache = install(wheel, tmp_path / "site"), tmp_path / "cache"
+    own = {"MOECOMPRESS_KERNEL_CACHE": str(cache), **quick_compiler}
+    assert f"built into the cache {cache}" in doctor_says(site, tmp_path, **own)
+    assert f"from the cache {cache}" in doctor_says(site, tmp_path, **own)
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_is_said(wheel: Path, tmp_path: Path, quick_compiler: dict[str, str]) -> None:
+    site, temporary = install(wheel, tmp_path / "site"), tmp_path / "temporary"
     (tmp_path / "file").touch()  # a folder below a file: not even the superuser can make it
-    said = kernels_say(site, tmp_path, MOECOMPRESS_KERNEL_CACHE=str(tmp_path / "file" / "cache"))
-    assert "built for this process only" in said and "cannot be written" in said
+    temporary.mkdir()
+    own = {"MOECOMPRESS_KERNEL_CACHE": str(tmp_path / "file" / "cache"), "TMPDIR": str(temporary)}
+    said = doctor_says(site, tmp_path, **own, **quick_compiler)
+    assert "available" in said and "built for this process only" in said and "cannot be written" in said
+    assert not list(temporary.glob("moecompress-*"))  # and gone with the process
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no compiler")
-def test_with_a_compiler_the_library_is_installed(tmp_path: Path) -> None:
-    made = build_wheel(tmp_path, {})
+def test_with_a_compiler_the_library_is_installed(tmp_path: Path, quick_compiler: dict[str, str]) -> None:
+    made = build_wheel(tmp_path, quick_compiler)
     with zipfile.ZipFile(made) as archive:
         assert any(Path(name).match("moecompress_kernels/_cpu*.so") for name in archive.namelist())
     site = install(made, tmp_path / "site")
     # no compiler any more, and a cache that does not exist: what was installed is used
     own = {"MOECOMPRESS_KERNEL_CACHE": str(tmp_path / "cache"), "CXX": "/no/such/compiler"}
-    assert "built at installation" in kernels_say(site, tmp_path, **own)
+    assert "built at installation" in doctor_says(site, tmp_path, **own)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.slow
+def test_an_editable_installation_runs_from_the_source(tmp_path: Path, quick_compiler: dict[str, str]) -> None:
+    """In an environment of its own that finds the libraries of this one."""
+    source, place = copied_source(tmp_path), tmp_path / "venv"
+    run([sys.executable, "-m", "venv", "--without-pip", str(place)], tmp_path)
+    python, paths = place / "bin" / "python", [path for path in sys.path if path.endswith("site-packages")]
+    (next((place / "lib").glob("python3*")) / "site-packages" / "zz.pth").write_text("\n".join(paths))
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation"]
+    run([*pip, "--no-index", "-q", "-e", str(source)], tmp_path, **quick_compiler)
+    said = run([str(place / "bin" / "moecompress"), "doctor"], tmp_path, CXX="/no/such/compiler")
+    assert "built at installation" in said
+    code = "import moecompress_kernels, os; print(os.path.realpath(moecompress_kernels.build.__file__))"
+    found = run([str(python), "-c", "import moecompress_kernels.build;" + code], tmp_path)
+    assert Path(found.strip()).is_relative_to(source)
