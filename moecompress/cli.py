@@ -120,11 +120,19 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of every task, problems of HumanEval.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Instead of the tasks' own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of tasks and HumanEval.")] = 8,
-    device: Annotated[str, typer.Option(help="Where tasks and HumanEval run the model: cpu, cuda, ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where --served, tasks and HumanEval run the model: cpu, cuda, ...")
+    ] = "cpu",
     activation_bits: Annotated[
         int | None,
         typer.Option(help="8: round inputs of packed matrices to int8 per token, faster and less exact; not saved."),
     ] = None,
+    served: Annotated[
+        bool,
+        typer.Option(
+            "--served", help="Perplexity of the model whole in memory, in its dtype, on kernels; not streamed."
+        ),
+    ] = False,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run the code that the model writes, with limits.")
     ] = False,
@@ -148,6 +156,7 @@ def evaluate(
             from moecompress.evaluate import evaluate_dir
 
             sizes: dict[str, Any] = {"windows": windows, "length": length}
+            sizes |= {"served": served, "device": device}
             result = evaluate_dir(directory, texts, source, progress=progress, **sizes, **rounding)
         if names:
             from moecompress.tasks import evaluate_tasks

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from moecompress.checkpoint.native_gate import GateLayout
@@ -66,6 +67,7 @@ class Dispatch(nn.Module):
         self.gate: Gate | None = None
         self.attention: Tensor | None = None  # [B, T], received by the tokens of this call; for gates that protect
         self.kept: Tensor | None = None  # [T, K] of the last call with a gate: 1 where a slot stayed
+        self.sent: list[Tensor] | None = None  # where it is a list, it gets the ids [T, K] of every call, on the CPU
 
     @abstractmethod
     def __len__(self) -> int:
@@ -87,6 +89,8 @@ class Dispatch(nn.Module):
             ids, weights = share_slots(self.sharing[ids], weights, len(self))
         for expert in self.absent():
             ids = ids.masked_fill(ids == expert, len(self))
+        if self.sent is not None:
+            self.sent.append(ids.to("cpu", torch.int16))
         return ids, weights
 
     def _protected(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Perplexity, KL and agreement of a directory, streamed: one layer of each model in memory at a time.
 
 Windows of equal length, every window weighs the same. The reference (the original model) runs in lockstep, so both
-models see the same tokens and KL and router agreement need no second pass.
+models see the same tokens and KL and router agreement need no second pass. On request a native checkpoint is evaluated
+as it is served instead: whole in memory, on kernels.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moecompress.memory import return_freed_memory
 from moecompress.numerics.routing import set_agreement
 from moecompress.packed import STREAMED
 from moecompress.progress import NoProgress, Progress
+from moecompress.served import Served
 from moecompress.stream.collect import Collector
 from moecompress.stream.model import StreamModel, open_model
 from moecompress.stream.streams import TokenRun, final_logits, run_layer, start_run
@@ -36,6 +38,8 @@ from moecompress.types import TokenSet
 CHARACTERS = 400_000  # of each text; with 40 windows of 512 tokens more text is not looked at anyway
 BATCH_TOKENS = 4096
 SEPARATOR = "<|endoftext|>"
+Logits = Iterator[tuple[Tensor, Tensor]]  # (ids [1, T], logits [1, T, V]) of every window
+Chosen = dict[int, Tensor | None]  # of MoE layers: the experts [tokens, K], -1: skipped; None where they are not known
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ def evaluate_dir(
     windows: int = 40,
     characters: int = CHARACTERS,
     activation_bits: int | None = None,
+    served: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
     save: bool = True,
 ) -> dict[str, Any]:
@@ -69,7 +75,8 @@ def evaluate_dir(
 
     texts: files or `python-stdlib:heldout`. Per text: the first `characters` characters without separator lines,
     tokenised; of the floor(tokens / length) windows `windows` are taken at even stride. reference: the original model,
-    for KL(reference || this) and agreement. activation_bits: of `open_model`.
+    for KL(reference || this) and agreement, always streamed. activation_bits: of `open_model`.
+    served: a native checkpoint whole in memory on `device`, in its own dtype, on kernels, not streamed in float32.
     save: write eval.json and the per-window results into `path/moecompress`.
     """
     if not texts:
@@ -83,14 +90,23 @@ def evaluate_dir(
             message(str(reference), f"vocabulary of {base.facts.vocab_size}", f"{model.facts.vocab_size}")
         )
     sets = token_sets(path, texts, model.facts.vocab_size, length, windows, characters)
+    whole = Served(model, device, activation_bits) if served else None
     with tempfile.TemporaryDirectory(prefix="moecompress-eval-") as folder:
-        runs = _start(model, sets, Path(folder) / "model")
-        bases = _start(base, sets, Path(folder) / "reference") if base is not None else None
-        agreement = _through_layers(model, runs, base, bases, shown)
-        found = [window for name in runs for window in _score(model, runs[name], base, bases[name] if bases else None)]
-    result = summary(found, agreement, reference)
-    if activation_bits is not None:
-        result["backend"] += f"; inputs of packed matrices rounded to int{activation_bits} on request"
+        runs = _start(model, sets, Path(folder) / "model") if whole is None else {}
+        bases = _start(base, sets, Path(folder) / "reference") if base is not None else {}
+        mine, theirs = _through_layers(model, runs, base, bases, shown)
+        found: list[Window] = []
+        shown.stage("windows", len(sets))
+        for tokens in sets:
+            logits = final_logits(model, runs[tokens.name], "original") if whole is None else whole.logits(tokens.ids)
+            wanted = None if base is None else final_logits(base, bases[tokens.name], "original")
+            found += _score(model.root, str(tokens.origin["text"]), logits, wanted)
+            shown.step(tokens.name)
+    backend = STREAMED if whole is None else whole.backend
+    if activation_bits is not None and whole is None:
+        backend += f"; inputs of packed matrices rounded to int{activation_bits} on request"
+    agreement = _agreement(model, mine if whole is None else whole.chosen(), base, theirs)
+    result = summary(found, agreement, reference, backend)
     if save:
         _save(path, result, found)
     return result
@@ -129,25 +145,34 @@ def _through_layers(
     model: StreamModel,
     runs: Mapping[str, TokenRun],
     base: StreamModel | None,
-    bases: Mapping[str, TokenRun] | None,
+    bases: Mapping[str, TokenRun],
     progress: Progress,
-) -> list[float | None]:
-    """Run all layers of both models; returns the router agreement of every MoE layer.
+) -> tuple[Chosen, Chosen]:
+    """Run all layers of both models, in lockstep, on what they have to run; returns the experts that they chose."""
+    mine: Chosen = {}
+    theirs: Chosen = {}
+    if not runs and base is None:
+        return mine, theirs
+    progress.stage("evaluate", len(model.layers))
+    for index in range(len(model.layers)):
+        if runs:
+            mine |= _chosen(model, runs, index)
+        if base is not None:
+            theirs |= _chosen(base, bases, index)
+        progress.step(f"layer {index}")
+    return mine, theirs
+
+
+def _agreement(model: StreamModel, mine: Chosen, base: StreamModel | None, theirs: Chosen) -> list[float | None]:
+    """Router agreement of every MoE layer of the model, from the experts that both models chose.
 
     None without a reference, and where the models have other numbers of experts: the numbers mean other experts then.
     """
-    progress.stage("evaluate", len(model.layers))
     agreement: list[float | None] = []
-    for index in range(len(model.layers)):
-        ids = _layer_ids(model, runs, index)
-        if base is not None and bases is not None:
-            wanted = _layer_ids(base, bases, index)
-            if ids is not None:
-                alike = wanted is not None and _experts(base, index) == _experts(model, index)
-                agreement.append(set_agreement(wanted, ids) if wanted is not None and alike else None)
-        elif ids is not None:
-            agreement.append(None)
-        progress.step(f"layer {index}")
+    for index, ids in mine.items():
+        wanted = theirs.get(index)
+        alike = base is not None and _experts(base, index) == _experts(model, index)
+        agreement.append(set_agreement(wanted, ids) if alike and ids is not None and wanted is not None else None)
     return agreement
 
 
@@ -156,8 +181,8 @@ def _experts(model: StreamModel, index: int) -> int | None:
     return None if site is None else site.num_experts
 
 
-def _layer_ids(model: StreamModel, runs: Mapping[str, TokenRun], index: int) -> Tensor | None:
-    """Send all texts through one layer; returns the chosen experts [tokens, K], None for a dense layer."""
+def _chosen(model: StreamModel, runs: Mapping[str, TokenRun], index: int) -> Chosen:
+    """Send all texts through one layer; the experts that it chose, nothing for a dense layer."""
     site = model.facts.layers[index].site
     weights = model.read_layer(index)
     ids = []
@@ -166,27 +191,27 @@ def _layer_ids(model: StreamModel, runs: Mapping[str, TokenRun], index: int) -> 
         run_layer(model, weights, run, "original", collector=collector)
         if collector is not None:
             ids += [found.masked_fill(found == len(weights.experts), -1) for found in collector.log.ids]
-    return torch.cat(ids).long() if ids else None
+    return {index: torch.cat(ids).long()} if ids else {}
 
 
-def _score(model: StreamModel, run: TokenRun, base: StreamModel | None, base_run: TokenRun | None) -> Iterator[Window]:
-    name = str(run.tokens.origin["text"])
-    wanted = final_logits(base, base_run, "original") if base is not None and base_run is not None else None
-    for index, (ids, logits) in enumerate(final_logits(model, run, "original")):
-        found = logits[0, :-1].log_softmax(-1)
+def _score(root: Path, name: str, logits: Logits, base: Logits | None) -> Iterator[Window]:
+    for index, (ids, own) in enumerate(logits):
+        found = own[0, :-1].log_softmax(-1)
         nll = -float(found.gather(1, ids[0, 1:, None]).double().mean())
         kl = agree = None
-        if wanted is not None:
-            p = next(wanted)[1][0, :-1].log_softmax(-1)
+        if base is not None:
+            p = next(base)[1][0, :-1].log_softmax(-1)
             kl = float((p.exp() * (p - found)).double().sum(-1).mean())
             agree = float((p.argmax(-1) == found.argmax(-1)).double().mean())
         if not math.isfinite(nll):
-            raise CheckpointError(message(f"{model.root}: {name} window {index}", "logits are not finite"))
+            raise CheckpointError(message(f"{root}: {name} window {index}", "logits are not finite"))
         digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
         yield Window(name, index, nll, kl, agree, digest)
 
 
-def summary(found: Sequence[Window], agreement: Sequence[float | None], reference: Path | None) -> dict[str, Any]:
+def summary(
+    found: Sequence[Window], agreement: Sequence[float | None], reference: Path | None, backend: str
+) -> dict[str, Any]:
     """eval.json from windows: per text, and `all` over every window when there are several texts."""
     names = list(dict.fromkeys(window.text for window in found))
     groups = {_short(name): [window for window in found if window.text == name] for name in names}
@@ -205,7 +230,7 @@ def summary(found: Sequence[Window], agreement: Sequence[float | None], referenc
         "router_agreement": list(agreement),
         "tasks": {},
         "samples": None,
-        "backend": STREAMED,
+        "backend": backend,
         "versions": versions(),
         "limit": None,
         "reference": None if reference is None else str(reference),

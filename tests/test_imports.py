@@ -34,7 +34,7 @@ LAYERS = (
         "settle",
     ),
     ("estimate", "allocated", "gated", "planned", "plan", "job", "context", "sweep", "barrier", "parts"),
-    ("evaluate", "evalstore", "tasks", "taskresults", "humaneval", "sandbox", "report"),
+    ("evaluate", "served", "evalstore", "tasks", "taskresults", "humaneval", "sandbox", "report"),
     # a run ends with a reload check, an evaluation and a report, so it stands above them
     ("reload", "results", "finish", "run", "series", "budgets", "export", "inspect", "doctor"),
     ("cli", "__main__"),
