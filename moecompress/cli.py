@@ -29,6 +29,13 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="Output directory 
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Use at most this much memory, e.g. 8GiB.")
 ]
+RoundingOption = Annotated[
+    int | None,
+    typer.Option(help="8: round inputs of packed matrices to int8 per token, faster and less exact; not saved."),
+]
+CodeOption = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run the code that the model writes, with limits.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="An output directory.")]
 
@@ -121,21 +128,11 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Instead of the tasks' own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of tasks and HumanEval.")] = 8,
     device: Annotated[
-        str, typer.Option(help="Where --served, tasks and HumanEval run the model: cpu, cuda, ...")
+        str, typer.Option(help="Of a model in memory (--served, tasks, HumanEval): cpu, cuda...")
     ] = "cpu",
-    activation_bits: Annotated[
-        int | None,
-        typer.Option(help="8: round inputs of packed matrices to int8 per token, faster and less exact; not saved."),
-    ] = None,
-    served: Annotated[
-        bool,
-        typer.Option(
-            "--served", help="Perplexity of the model whole in memory, in its dtype, on kernels; not streamed."
-        ),
-    ] = False,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run the code that the model writes, with limits.")
-    ] = False,
+    activation_bits: RoundingOption = None,
+    served: Annotated[bool, typer.Option("--served", help="Not streamed: in memory, own dtype, on kernels.")] = False,
+    allow_code_execution: CodeOption = False,
     samples_per_task: Annotated[int, typer.Option(min=1, help="Programs for every problem of HumanEval.")] = 1,
     temperature: Annotated[float | None, typer.Option(min=0, help="Of HumanEval; 0 for one sample, else 0.8.")] = None,
     as_json: JsonOption = False,
@@ -155,8 +152,7 @@ def evaluate(
         if texts or not (names or humaneval):
             from moecompress.evaluate import evaluate_dir
 
-            sizes: dict[str, Any] = {"windows": windows, "length": length}
-            sizes |= {"served": served, "device": device}
+            sizes: dict[str, Any] = {"windows": windows, "length": length, "served": served, "device": device}
             result = evaluate_dir(directory, texts, source, progress=progress, **sizes, **rounding)
         if names:
             from moecompress.tasks import evaluate_tasks
