@@ -242,7 +242,7 @@ inline Cut down_cut(int tokens, int slots, int stride, int room) {
 }
 
 template <class T>
-int run_up(const McMoe& moe, int room) {
+static int run_up(const McMoe& moe, int room) {
   const int tiles = moe.activation.gated ? 2 : 1;
   const Cut c = up_cut(moe.tokens, tiles, moe.up.max_stride, room);
   const UpParams p{moe, c.stages, c.group};
@@ -252,7 +252,7 @@ int run_up(const McMoe& moe, int room) {
 }
 
 template <class T>
-int run_down(DownParams p, void* stream, int room, bool overlap) {
+static int run_down(DownParams p, void* stream, int room, bool overlap) {
   const Cut c = down_cut(p.tokens, p.slots, p.matrix.max_stride, room);
   p.stages = c.stages;
   p.group = c.group;

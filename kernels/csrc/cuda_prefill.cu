@@ -120,7 +120,7 @@ int sum_partials(const McMoe& moe) {
 }
 
 template <class T, int kGroups>
-int run_shape(PrefillParams p, int across, void* stream, int room, int blocks) {
+static int run_shape(PrefillParams p, int across, void* stream, int room, int blocks) {
   const Shape<kGroups> shape{across};
   const int bytes = fit_stages(shape, p, shape.fixed_bytes(), room, 2);
   const Launch l{(p.matrix.row_tiles + shape.tiles() - 1) / shape.tiles(), blocks, 1, kThreads, bytes, false};
@@ -129,14 +129,14 @@ int run_shape(PrefillParams p, int across, void* stream, int room, int blocks) {
 
 // block: tokens of a block, 16, 64 or 128.
 template <class T>
-int run_prefill(const PrefillParams& p, void* stream, int room, int block, int blocks) {
+static int run_prefill(const PrefillParams& p, void* stream, int room, int block, int blocks) {
   if (block == 16) return run_shape<T, 2>(p, 1, stream, room, blocks);
   if (block == 64 || block == 128) return run_shape<T, 8>(p, block / 64, stream, room, blocks);
   return -1;
 }
 
 template <class T>
-int run_moe(const McMoe& moe, int room) {
+static int run_moe(const McMoe& moe, int room) {
   const Sorted s(moe);
   int error = sort_slots(moe);
   if (error) return error;
@@ -146,7 +146,7 @@ int run_moe(const McMoe& moe, int room) {
 }
 
 template <class T>
-int run_linear(const McLinear& l, int room) {
+static int run_linear(const McLinear& l, int room) {
   return run_prefill<T>(linear_product(l), l.stream, room, l.block, (l.tokens + l.block - 1) / l.block);
 }
 

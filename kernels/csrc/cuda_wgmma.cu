@@ -161,13 +161,13 @@ MC_KERNEL(256, 1) deal_rows(DealParams p) {  // a thread writes 16 bytes
   static_cast<Word4*>(p.to)[i] = {words[0], words[1], words[2], words[3]};
 }
 
-int run_deal(const DealParams& p, void* stream) {
+static int run_deal(const DealParams& p, void* stream) {
   const long long threads = static_cast<long long>(p.rows) * (dealt_pitch(p.columns) / 8);
   return launch(deal_rows, Launch{static_cast<int>((threads + 255) / 256), 1, 1, 256, 0, false}, stream, p);
 }
 
 template <class T, int kGroups>
-int run_shape(PrefillParams p, void* stream, int room, int blocks) {
+static int run_shape(PrefillParams p, void* stream, int room, int blocks) {
   const Shape<kGroups> shape{1};
   const int bytes = fit_stages(shape, p, shape.fixed_bytes() + kPattern, room, kLeast);
   if (bytes > room) return -1;
@@ -177,14 +177,14 @@ int run_shape(PrefillParams p, void* stream, int room, int blocks) {
 
 // block: tokens of a block, 64 or 128.
 template <class T>
-int run_product(const PrefillParams& p, void* stream, int room, int block, int blocks) {
+static int run_product(const PrefillParams& p, void* stream, int room, int block, int blocks) {
   if (block == 64) return run_shape<T, 8>(p, stream, room, blocks);
   if (block == 128) return run_shape<T, 16>(p, stream, room, blocks);
   return -1;
 }
 
 template <class T>
-int run_moe(const McMoe& moe, int room) {
+static int run_moe(const McMoe& moe, int room) {
   const Sorted s(moe);
   PrefillParams up = up_product(moe, s), down = down_product(moe, s);
   up.rows = moe.partial, up.pitch = dealt_pitch(moe.up.columns), up.dealt = true;
@@ -197,7 +197,7 @@ int run_moe(const McMoe& moe, int room) {
 }
 
 template <class T>
-int run_linear(const McLinear& l, int room) {
+static int run_linear(const McLinear& l, int room) {
   PrefillParams p = linear_product(l);
   p.rows = l.dealt, p.pitch = dealt_pitch(l.matrix.columns);
   const int error = run_deal({l.inputs, l.dealt, l.tokens, l.matrix.columns}, l.stream);
@@ -217,3 +217,7 @@ MC_API int mc_cuda_wgmma(const McMoe* moe, int room) {
 MC_API int mc_cuda_linear_wgmma(const McLinear* p, int room) {
   return p->dtype == MC_BF16 ? mc::run_linear<mc::Bf16>(*p, room) : mc::run_linear<mc::Fp16>(*p, room);
 }
+
+#ifdef MC_SHIM
+MC_API long long mc_shim_products() { return mc::shim::count(); }
+#endif

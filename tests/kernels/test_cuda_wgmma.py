@@ -3,8 +3,6 @@ instruction is emulated from its documentation, and with `-m gpu` on a device th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from packed_layers import MIXED, Packed, error, experts, handle_of, linear, oracle, routing, values, weight
@@ -20,8 +18,8 @@ DEVICE = {"shim": "cpu", "cuda": "cuda"}
 
 
 @pytest.fixture(autouse=True, params=["shim", pytest.param("cuda", marks=pytest.mark.gpu)])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the kernels run. What a test multiplies in it must have gone through warp groups."""
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the kernels run."""
     if request.param == "shim":
         request.getfixturevalue("on_shim")
     elif reason := cuda.unavailable():
@@ -30,10 +28,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     name, why = cuda.prefill_of(cuda._device(torch.cuda.current_device() if request.param == "cuda" else 0))
     if name != "wgmma":
         pytest.skip(why)
-    asked, decide = [], cuda._by_warp_groups
-    monkeypatch.setattr(cuda, "_by_warp_groups", lambda *words: asked.append(decide(*words)) or asked[-1])
-    yield request.param
-    assert not asked or any(asked)
+    return str(request.param)
 
 
 def run(packed: Packed, inputs: list[Tensor], place: str) -> Tensor:
@@ -41,12 +36,17 @@ def run(packed: Packed, inputs: list[Tensor], place: str) -> Tensor:
     device = DEVICE[place]
     handle, inputs = handle_of(packed, ops.backend("cuda"), device), [one.to(device) for one in inputs]
     call = cuda.moe_mlp if len(inputs) == 3 else cuda.packed_linear
-    found = call(packed.layer, handle, *inputs).cpu()
-    if place == "shim":
+    if place == "cuda":
+        return call(packed.layer, handle, *inputs).cpu()
+    products, found = cuda._of(inputs[0]).library.mc_shim_products, []
+    for prefill in ("wgmma", "mma"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda, "_by_warp_groups", lambda *words: False)
-            assert torch.equal(found.nan_to_num(7.0), call(packed.layer, handle, *inputs).nan_to_num(7.0))
-    return found
+            patch.setenv(cuda.PREFILL, prefill)
+            before = products()
+            found.append(call(packed.layer, handle, *inputs))
+        assert (products() > before) == (prefill == "wgmma")  # it was the instruction that was asked for
+    assert torch.equal(*(one.nan_to_num(7.0) for one in found))
+    return found[0]
 
 
 def check(packed: Packed, inputs: list[Tensor], place: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_layers import Packed, linear, weight
+from packed_layers import Packed, experts, linear, routing, weight
 from torch import Tensor
 
 from moecompress.types import Scheme
@@ -39,6 +39,10 @@ def test_depths_of_the_pipeline_and_orders_of_threads(on_shim: cuda.Device, monk
     assert torch.equal(within(180), found) and torch.equal(within(227), found)
     with pytest.raises(RuntimeError, match="an argument the library does not take"):
         within(140)
+    layer = experts([(Scheme(4, 32), Scheme(4, 32))], 128, 64)  # mma has room enough: this is not it
+    handle = cuda.prepare(layer.layer, layer.records, layer.slot_map, [])
+    with pytest.raises(RuntimeError, match="an argument the library does not take"):
+        cuda.moe_mlp(layer.layer, handle, *routing(100, 1, 1, 128, BF16))
 
 
 FAULTS = {
