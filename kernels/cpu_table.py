@@ -15,7 +15,7 @@ _VALUES = {"raw": 0, "symmetric": 1, "binary": 2, "int": 3, "float": 4}
 _FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 SPARE = 16384  # bytes after everything else, for prefetches past the end
 _PANEL, _TILE, _LINE = 32, 32, 64
-_MATRIX, _INPUT, _LAYER = struct.Struct("=20q"), struct.Struct("=qdqqqqqq"), struct.Struct("=6q3d3q")
+_MATRIX, _INPUT, _LAYER = struct.Struct("=20q"), struct.Struct("=qdqqqqqqq"), struct.Struct("=6q3d3q")
 
 
 def make_table(layer: Layer, slots: Sequence[Sequence[int]]) -> tuple[Tensor, int, list[int]]:
@@ -57,16 +57,18 @@ def make_table(layer: Layer, slots: Sequence[Sequence[int]]) -> tuple[Tensor, in
 
 
 def _form(m: Matrix) -> bytes:
-    """How the inputs of a matrix must look. Groups matter only where they are padded, or summed: for zero points, and
-    for integer products, which take codes as they are stored."""
+    """How the inputs of a matrix must look. Groups matter only where they are padded, or summed: for zero points, for
+    integer products, which take codes as they are stored, and for three bits, some of which are read with an offset."""
     integers = m.rounding != 0 and m.values != "raw"
     sums = integers or m.values in ("int", "float")
-    whole = m.group % _TILE == 0 and not sums
+    offsets = m.bits == 3 and m.values != "raw" and not integers
+    whole = m.group % _TILE == 0 and not sums and not offsets
     group, groups = (m.columns, 1) if whole else (m.group, m.groups)
     factor = m.clip / (2 ** (m.rounding - 1) - 1) if m.rounding else 0.0
     floats = m.values == "raw" and m.dtype != "bfloat16"
+    order = m.bits if integers else 0
     return _INPUT.pack(
-        m.rounding, factor, group, _tiles(group), groups, sums, 0 if floats else 1, m.bits if integers else 0
+        m.rounding, factor, group, _tiles(group), groups, sums, 0 if floats else 1, offsets, order
     )
 
 

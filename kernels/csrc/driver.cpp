@@ -29,6 +29,7 @@ struct Scratch {
   alignas(64) float panel[MANY * PANEL];
   const void* x[MANY];
   const float* sums[MANY];
+  const float* offsets[MANY];
   float* dst[MANY];
 };
 
@@ -47,7 +48,8 @@ void parallel(int threads, int64_t tasks, const F& f) {
 // Multiply rows `which[0..n)` of x by one panel; results (steps applied) in the thread's scratch.
 void multiply(const Isa& isa, const McMatrix& m, const uint8_t* blob, int64_t panel, const Rows& x, const int64_t* which,
               int64_t n, Scratch& own) {
-  for (int64_t i = 0; i < n; ++i) own.x[i] = x.row(which[i]), own.sums[i] = x.sum(which[i]);
+  for (int64_t i = 0; i < n; ++i)
+    own.x[i] = x.row(which[i]), own.sums[i] = x.sum(which[i]), own.offsets[i] = x.offset(which[i]);
   int64_t zero_bytes = element_bytes(m.values == MC_INT ? int64_t(MC_U8) : m.dtype);
   PanelCall call = {};
   call.codes = blob + m.codes + panel * panel_bytes(m);
@@ -57,6 +59,7 @@ void multiply(const Isa& isa, const McMatrix& m, const uint8_t* blob, int64_t pa
   call.x_type = x.type;
   call.x = own.x;
   call.sums = own.sums;
+  call.offsets = own.offsets;
   call.n = n;
   call.out = own.panel;
   call.scratch = own.expanded;
@@ -66,7 +69,7 @@ void multiply(const Isa& isa, const McMatrix& m, const uint8_t* blob, int64_t pa
       for (int r = 0; r < PANEL; ++r) own.panel[i * PANEL + r] *= x.steps[which[i]];
 }
 
-// All forms of the given rows. narrow: first round the values to `dtype`.
+// All forms of the given rows. They are first rounded to `dtype`.
 struct Forms {
   std::vector<Rows> rows;
 
@@ -78,26 +81,29 @@ struct Forms {
       Rows& made = rows[f];
       made.type = row_type(form, isa, dtype);
       made.groups = form.groups;
-      if (used_as_is(form, made.type, stored)) {
-        made.bytes = columns * element_bytes(stored);
-        made.at = static_cast<const uint8_t*>(x);
-        continue;
-      }
-      made.bytes = (form.groups * form.padded * element_bytes(made.type) + 63) / 64 * 64;
-      auto* at = memory.take<uint8_t>(n * made.bytes);
-      float* sums = form.sums ? memory.take<float>(n * form.groups) : nullptr;
-      float* steps = form.rounding ? memory.take<float>(n) : nullptr;
-      made.at = at, made.sums = sums, made.steps = steps;
+      made.bytes = columns * element_bytes(stored);
+      bool as_is = used_as_is(form, made.type, stored) && (n <= FEW || spread(made.bytes));
+      if (!as_is) made.bytes = apart(form.groups * form.padded * element_bytes(made.type));
+      auto* own = as_is ? nullptr : memory.take<uint8_t>(n * made.bytes);
+      auto floats = [&](bool needed, int64_t count) { return needed ? memory.take<float>(count) : nullptr; };
+      float* sums = floats(form.sums, n * form.groups);
+      float* steps = floats(form.rounding, n);
+      float* offsets = floats(form.offsets && made.type == MC_BF16 && isa.offset_sums, n * form.groups);
+      made.at = as_is ? static_cast<const uint8_t*>(x) : own;
+      made.sums = sums, made.steps = steps, made.offsets = offsets;
       auto one = [&](int64_t i) {
-        static thread_local std::vector<float> values;
-        values.resize(columns);
-        to_floats(static_cast<const uint8_t*>(x) + i * columns * element_bytes(stored), stored, columns, values.data());
-        if (stored != dtype)
-          for (float& value : values) value = narrowed(value, dtype);
-        form_row(values.data(), form, made.type, at + i * made.bytes, sums ? sums + i * form.groups : nullptr,
-                 steps ? steps + i : nullptr);
+        if (!as_is) {
+          static thread_local std::vector<float> values;
+          values.resize(columns);
+          to_floats(static_cast<const uint8_t*>(x) + i * columns * element_bytes(stored), stored, columns, values.data());
+          if (stored != dtype)
+            for (float& value : values) value = narrowed(value, dtype);
+          form_row(values.data(), form, made.type, own + i * made.bytes, sums ? sums + i * form.groups : nullptr,
+                   steps ? steps + i : nullptr);
+        }
+        if (offsets) isa.offset_sums(made.row(i), form, offsets + i * form.groups);
       };
-      parallel(n * columns < PARALLEL ? 1 : threads, n, one);
+      if (!as_is || offsets) parallel(n * columns < PARALLEL ? 1 : threads, n, one);
     }
   }
 };

@@ -83,8 +83,9 @@ void integers(const PanelCall& call) {
 }
 
 void panel(const PanelCall& call) { isa_avx512_bf16()->panel(call); }
+void offset_sums(const void* row, const McInput& form, float* out) { isa_avx512_bf16()->offset_sums(row, form, out); }
 
-const Isa ISA = {"AMX", true, panel, "AMX", integers, activate};
+const Isa ISA = {"AMX", true, panel, offset_sums, "AMX", integers, activate};
 
 }  // namespace
 

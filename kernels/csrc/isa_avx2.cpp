@@ -127,7 +127,7 @@ struct W {
   static V fma(V a, V b, V c) { return V::fma(a, b, c); }
 };
 
-const Isa ISA = {"AVX2", false, F32<V>::panel, "AVX2", Int<W>::panel, activate};
+const Isa ISA = {"AVX2", false, F32<V>::panel, nullptr, "AVX2", Int<W>::panel, activate};
 
 }  // namespace
 

@@ -7,7 +7,7 @@
 namespace {
 void integers(const PanelCall& call) { isa_avx2()->integers(call); }
 
-const Isa ISA = {"AVX-512", false, F32<V>::panel, "AVX2", integers, activate};
+const Isa ISA = {"AVX-512", false, F32<V>::panel, nullptr, "AVX2", integers, activate};
 }  // namespace
 
 const Isa* isa_avx512() { return &ISA; }

@@ -4,118 +4,35 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include "avx512.h"
+#include "pairs.h"
 
 namespace {
-
-constexpr int PAIRS = TILE / 2;
-
-inline __m512 dot(__m512 sum, __m512i weights, __m512i values) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)values);
-}
-
-inline __m512i pair_at(const void* row, int64_t pair) {
-  int32_t both;
-  std::memcpy(&both, static_cast<const uint8_t*>(row) + 4 * pair, 4);
-  return _mm512_set1_epi32(both);
-}
-
-// pair(lines, p): columns 2p and 2p+1 of 16 rows as bf16. vpermw looks at 5 bits of each half word; the table repeats.
-template <int B>
-struct Pairs {
-  __m512i table;
-  explicit Pairs(bool binary) {
-    uint16_t values[32];
-    for (int i = 0; i < 32; ++i) {
-      int code = i % (1 << B);
-      values[i] = to_bf16(binary ? float(2 * code - 1) : float(code - (1 << B) / 2));
-    }
-    table = _mm512_loadu_si512(values);
-  }
-  __m512i pair(const uint8_t* lines, int p) const {
-    __m512i index;
-    if (B == 3 && p == 15) {
-      index = _mm512_srli_epi16(V::line(lines, 0), 15);
-      index = _mm512_ternarylogic_epi32(index, _mm512_srli_epi16(V::line(lines, 1), 14), _mm512_set1_epi16(2), 0xf8);
-      index = _mm512_ternarylogic_epi32(index, _mm512_srli_epi16(V::line(lines, 2), 13), _mm512_set1_epi16(4), 0xf8);
-    } else {
-      index = _mm512_srli_epi16(V::line(lines, line_of(B, 2 * p)), unsigned(shift_of(B, 2 * p)));
-    }
-    return _mm512_permutexvar_epi16(index, table);
-  }
-};
-
-template <>
-struct Pairs<8> {
-  explicit Pairs(bool) {}
-  __m512i pair(const uint8_t* lines, int p) const {
-    __m512i code = _mm512_srli_epi16(V::line(lines, p / 2), unsigned(8 * (p & 1)));
-    __m512i centre = _mm512_set1_epi32(128);
-    __m512i even = _mm512_and_si512(code, _mm512_set1_epi32(255));
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(code, 16), _mm512_set1_epi32(255));
-    __m512i low = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(even, centre)));
-    __m512i high = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(odd, centre)));
-    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(low, 16), high);  // |code - 128| fits 8 bits
-  }
-};
-
-// Eight bits when few rows are multiplied: two products through tables, of the lower four bits and of 16 times (the upper
-// four, minus 8), take half the time of making one bf16 number.
-struct Nibbles {
-  __m512i low, high;
-  Nibbles() {
-    uint16_t lows[32], highs[32];
-    for (int i = 0; i < 32; ++i) lows[i] = to_bf16(float(i % 16)), highs[i] = to_bf16(16.0f * float(i % 16 - 8));
-    low = _mm512_loadu_si512(lows), high = _mm512_loadu_si512(highs);
-  }
-  __m512 dot_pair(__m512 sum, const uint8_t* lines, int p, __m512i value) const {
-    __m512i line = V::line(lines, p / 2);
-    unsigned at = 8 * (p & 1);
-    sum = dot(sum, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, at), low), value);
-    return dot(sum, _mm512_permutexvar_epi16(_mm512_srli_epi16(line, at + 4), high), value);
-  }
-};
-
-template <>
-struct Pairs<16> {
-  explicit Pairs(bool) {}
-  __m512i pair(const uint8_t* lines, int p) const { return V::line(lines, p); }
-};
 
 // One or two rows: weights go straight from memory into the products. CHAINS independent sums hide the latency.
 template <int B, int N>
 void fused(const PanelCall& call, int64_t first) {
   constexpr int CHAINS = N == 1 ? 4 : 2;
   const McMatrix& m = *call.matrix;
-  Pairs<B> codes(m.values == MC_BINARY);
-  Nibbles nibbles;
+  Tile<B, N, CHAINS> tile(m.values == MC_BINARY);
   const uint8_t* at = call.codes;
   const uint8_t* x[N];
   for (int i = 0; i < N; ++i) x[i] = static_cast<const uint8_t*>(call.x[first + i]);
   for (int64_t g = 0; g < m.groups; ++g) {
-    __m512 sums[N][2][CHAINS];
+    Sums<N, CHAINS> sums;
     for (int i = 0; i < N; ++i)
-      for (int k = 0; k < CHAINS; ++k) sums[i][0][k] = sums[i][1][k] = _mm512_setzero_ps();
+      for (int k = 0; k < CHAINS; ++k)
+        sums[i][0][k] = sums[i][1][k] = _mm512_set1_ps(B == 3 && k == 0 ? call.offsets[first + i][g] : 0.0f);
     for (int64_t t = 0; t < m.padded / TILE; ++t, at += 2 * B * LINE) {
       for (int line = 0; line < 2 * B; ++line) fetch_ahead(at + line * LINE);
-#pragma GCC unroll 16
-      for (int p = 0; p < PAIRS; ++p) {
-        __m512i pairs[2];
-        for (int block = 0; block < 2 && B != 8; ++block) pairs[block] = codes.pair(at + block * B * LINE, p);
-        for (int i = 0; i < N; ++i) {
-          __m512i value = pair_at(x[i], p);
-          for (int block = 0; block < 2; ++block) {
-            __m512& sum = sums[i][block][p % CHAINS];
-            sum = B == 8 ? nibbles.dot_pair(sum, at + block * B * LINE, p, value) : dot(sum, pairs[block], value);
-          }
-        }
-      }
+      tile.add(at, x, sums);
       for (int i = 0; i < N; ++i) x[i] += TILE * 2;
     }
+    F32<V>::Grid grid(call, g);
     for (int i = 0; i < N; ++i) {
       V dots[2] = {{sums[i][0][0]}, {sums[i][1][0]}};
       for (int k = 1; k < CHAINS; ++k)
         for (int b = 0; b < 2; ++b) dots[b].x = _mm512_add_ps(dots[b].x, sums[i][b][k]);
-      F32<V>::close_group(call, g, first + i, dots);
+      grid.close(call, first + i, dots);
     }
   }
 }
@@ -137,9 +54,10 @@ void blocked(const PanelCall& call, int64_t first, const uint8_t* w, int64_t col
       sums[i][1] = dot(sums[i][1], b, value);
     }
   }
+  F32<V>::Grid grid(call, g);
   for (int i = 0; i < N; ++i) {
     V dots[2] = {{sums[i][0]}, {sums[i][1]}};
-    F32<V>::close_group(call, g, first + i, dots);
+    grid.close(call, first + i, dots);
   }
 }
 
@@ -213,7 +131,7 @@ void panel(const PanelCall& call) {
 
 void integers(const PanelCall& call) { isa_avx512_vnni()->integers(call); }
 
-const Isa ISA = {"AVX-512 BF16", true, panel, "AVX-512 VNNI", integers, activate};
+const Isa ISA = {"AVX-512 BF16", true, panel, offset_sums, "AVX-512 VNNI", integers, activate};
 
 }  // namespace
 

@@ -8,7 +8,7 @@ namespace {
 
 void panel(const PanelCall& call) { isa_avx512()->panel(call); }
 
-const Isa ISA = {"AVX-512 VNNI", false, panel, "AVX-512 VNNI", Int<W>::panel, activate};
+const Isa ISA = {"AVX-512 VNNI", false, panel, nullptr, "AVX-512 VNNI", Int<W>::panel, activate};
 
 }  // namespace
 

@@ -174,7 +174,7 @@ struct W {
   }
 };
 
-const Isa ISA = {"scalar", false, F32<V>::panel, "plain C++", Int<W>::panel, activate};
+const Isa ISA = {"scalar", false, F32<V>::panel, nullptr, "plain C++", Int<W>::panel, activate};
 
 }  // namespace
 

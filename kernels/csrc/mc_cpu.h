@@ -40,6 +40,7 @@ struct McInput {          // a form of input rows: rounded or not, padded for on
   int64_t group, padded, groups;
   int64_t sums;           // 1: sums over groups are needed (zero points)
   int64_t dtype;          // MC_F32: always float32; MC_BF16: bf16 when the instruction set multiplies it
+  int64_t offsets;        // 1: for 3-bit matrices and float rows, see offset_sums
   int64_t order;          // of int8 rows: bits of the matrices that they are multiplied with; 0: floats
 };
 
@@ -87,6 +88,7 @@ struct PanelCall {
   int64_t x_type;             // MC_F32 or MC_BF16; MC_I8: for `integers`
   const void* const* x;       // n rows
   const float* const* sums;   // n rows of [groups], or null; of int8 rows: whole numbers
+  const float* const* offsets;  // n rows of [groups]: what offset_sums made of bf16 rows; read for 3-bit matrices only
   int64_t n;                  // at most MANY
   float* out;
   uint8_t* scratch;           // SCRATCH bytes, aligned to 64
@@ -104,6 +106,7 @@ struct Isa {
   const char* name;
   bool bf16;                  // whether panel() multiplies it
   void (*panel)(const PanelCall&);
+  void (*offset_sums)(const void* row, const McInput& form, float* out);  // [groups]; null: panel() wants none
   const char* int8;           // the instructions of integers()
   void (*integers)(const PanelCall&);  // int8 rows; the same bits on every instruction set
   void (*activate)(const ActivationCall&);

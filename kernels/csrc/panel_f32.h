@@ -30,24 +30,32 @@ template <class V>
 struct F32 {
   static constexpr int PARTS = PANEL / V::LANES, BLOCK_PARTS = BLOCK / V::LANES;
 
-  // Totals of one group into out: totals += scale * (dot + (2^(B-1) - zero) * sum)
-  static void close_group(const PanelCall& call, int64_t g, int64_t i, const V* dots) {
-    const McMatrix& m = *call.matrix;
-    float* out = call.out + i * PANEL;
-    int64_t first = g * PANEL;
-    V centre = V::set(m.bits < 16 ? float(1 << (m.bits - 1)) : 0.0f);
-    for (int part = 0; part < PARTS; ++part) {
-      int64_t at = first + part * V::LANES;
-      V value = dots[part];
-      if (call.zeros) {
-        V zero = grid_f32<V>(call.zeros, m.values == MC_INT ? int64_t(MC_U8) : m.dtype, at);
-        value = V::fma(V::sub(centre, zero), V::set(call.sums[i][g]), value);
+  // What a group of a panel counts: totals += scale * (dot + lift * sum), with lift = 2^(B-1) - zero.
+  struct Grid {
+    V scale[PARTS], lift[PARTS];
+    int64_t group;
+
+    Grid(const PanelCall& call, int64_t g) : group(g) {
+      const McMatrix& m = *call.matrix;
+      V centre = V::set(m.bits < 16 ? float(1 << (m.bits - 1)) : 0.0f);
+      for (int part = 0; part < PARTS; ++part) {
+        int64_t at = g * PANEL + part * V::LANES;
+        if (call.scales) scale[part] = grid_f32<V>(call.scales, m.dtype, at);
+        if (call.zeros)
+          lift[part] = V::sub(centre, grid_f32<V>(call.zeros, m.values == MC_INT ? int64_t(MC_U8) : m.dtype, at));
       }
-      V before = V::load(out + part * V::LANES);
-      V after = call.scales ? V::fma(value, grid_f32<V>(call.scales, m.dtype, at), before) : V::add(before, value);
-      V::store(out + part * V::LANES, after);
     }
-  }
+
+    void close(const PanelCall& call, int64_t i, const V* dots) const {
+      float* out = call.out + i * PANEL;
+      V sum = call.zeros ? V::set(call.sums[i][group]) : V::zero();
+      for (int part = 0; part < PARTS; ++part) {
+        V value = call.zeros ? V::fma(lift[part], sum, dots[part]) : dots[part];
+        V before = V::load(out + part * V::LANES);
+        V::store(out + part * V::LANES, call.scales ? V::fma(value, scale[part], before) : V::add(before, value));
+      }
+    }
+  };
 
   template <int B, int N>
   static void fused(const PanelCall& call, int64_t first) {
@@ -73,7 +81,8 @@ struct F32 {
         }
         for (int i = 0; i < N; ++i) x[i] += TILE;
       }
-      for (int i = 0; i < N; ++i) close_group(call, g, first + i, dots[i]);
+      Grid grid(call, g);
+      for (int i = 0; i < N; ++i) grid.close(call, first + i, dots[i]);
     }
   }
 
@@ -91,7 +100,8 @@ struct F32 {
         for (int part = 0; part < PARTS; ++part)
           dots[i][part] = V::fma(V::load(w + c * PANEL + part * V::LANES), value, dots[i][part]);
       }
-    for (int i = 0; i < N; ++i) close_group(call, g, first + i, dots[i]);
+    Grid grid(call, g);
+    for (int i = 0; i < N; ++i) grid.close(call, first + i, dots[i]);
   }
 
   // Many rows: a group (or as much of it as fits) is expanded once into the scratch and used by all of them. A group in

@@ -12,11 +12,13 @@ struct Rows {             // n rows of one form
   int64_t bytes = 0;      // per row
   const uint8_t* at = nullptr;
   const float* sums = nullptr;   // [n][groups], or null
+  const float* offsets = nullptr;  // [n][groups] of offset_sums, or null
   const float* steps = nullptr;  // [n]: what the codes of a rounded row count, or null
   int64_t groups = 0;
 
   const void* row(int64_t i) const { return at + i * bytes; }
   const float* sum(int64_t i) const { return sums ? sums + i * groups : nullptr; }
+  const float* offset(int64_t i) const { return offsets ? offsets + i * groups : nullptr; }
 };
 
 inline float load_as(const void* row, int64_t type, int64_t i) {
@@ -100,6 +102,11 @@ inline int64_t row_type(const McInput& form, const Isa& isa, int64_t dtype) {
   if (form.order) return MC_I8;
   return isa.bf16 && form.dtype == MC_BF16 && (form.rounding || dtype == MC_BF16) ? MC_BF16 : MC_F32;
 }
+
+// Rows that many bytes apart fall into different sets of the first cache. A power of two would put them all into one.
+constexpr int64_t FEW = 2;  // rows: these are read beside each other without harm
+inline bool spread(int64_t bytes) { return bytes / 64 % 2 == 1; }
+inline int64_t apart(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 inline bool used_as_is(const McInput& form, int64_t type, int64_t dtype) {
   return type == dtype && !form.rounding && !form.sums && form.padded == form.group;
