@@ -45,9 +45,9 @@ void parallel(int threads, int64_t tasks, const F& f) {
            const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// Multiply rows `which[0..n)` of x by one panel; results (steps applied) in the thread's scratch.
+// Multiply rows `which[0..n)` of x by one panel, steps applied: out [n][PANEL].
 void multiply(const Isa& isa, const McMatrix& m, const uint8_t* blob, int64_t panel, const Rows& x, const int64_t* which,
-              int64_t n, Scratch& own) {
+              int64_t n, Scratch& own, float* out) {
   for (int64_t i = 0; i < n; ++i)
     own.x[i] = x.row(which[i]), own.sums[i] = x.sum(which[i]), own.offsets[i] = x.offset(which[i]);
   int64_t zero_bytes = element_bytes(m.values == MC_INT ? int64_t(MC_U8) : m.dtype);
@@ -61,12 +61,12 @@ void multiply(const Isa& isa, const McMatrix& m, const uint8_t* blob, int64_t pa
   call.sums = own.sums;
   call.offsets = own.offsets;
   call.n = n;
-  call.out = own.panel;
+  call.out = out;
   call.scratch = own.expanded;
   x.type == MC_I8 ? isa.integers(call) : isa.panel(call);
   if (x.steps)
     for (int64_t i = 0; i < n; ++i)
-      for (int r = 0; r < PANEL; ++r) own.panel[i * PANEL + r] *= x.steps[which[i]];
+      for (int r = 0; r < PANEL; ++r) out[i * PANEL + r] *= x.steps[which[i]];
 }
 
 // All forms of the given rows. They are first rounded to `dtype`.
@@ -158,16 +158,26 @@ void first_matrices(const McLayer& layer, const uint8_t* blob, const Isa& isa, c
     const McMatrix& m = matrices_of(&layer)[e * layer.matrices];
     const float* bias = layer.bias_up < 0 ? nullptr
                         : reinterpret_cast<const float*>(blob + layer.bias_up) + e * panels * PANEL;
+    int64_t waiting = 0;  // single rows wait for each other: one vector at a time would be bound by latency
+    auto activate = [&](int64_t keep) {
+      if (waiting) isa.activate({own.panel, own.dst, waiting, keep, &layer});
+      waiting = 0;
+    };
     for (int64_t panel = panels * piece / pieces; panel < panels * (piece + 1) / pieces; ++panel)
       for (int64_t from = routing.start[e]; from < routing.start[e + 1]; from += MANY) {
-        int64_t n = std::min(MANY, routing.start[e + 1] - from);
-        multiply(isa, m, blob, panel, forms.rows[m.input], routing.token.data() + from, n, own);
+        int64_t n = std::min(MANY, routing.start[e + 1] - from), keep = std::min(width, layer.width - panel * width);
+        bool alone = n > 1 || keep < width;
+        if (alone || waiting == MANY) activate(width);
+        float* out = own.panel + waiting * PANEL;
+        multiply(isa, m, blob, panel, forms.rows[m.input], routing.token.data() + from, n, own, out);
         for (int64_t i = 0; i < n; ++i) {
-          for (int r = 0; bias && r < PANEL; ++r) own.panel[i * PANEL + r] += bias[panel * PANEL + r];
-          own.dst[i] = inner + (from + i) * layer.width + panel * width;
+          for (int r = 0; bias && r < PANEL; ++r) out[i * PANEL + r] += bias[panel * PANEL + r];
+          own.dst[waiting + i] = inner + (from + i) * layer.width + panel * width;
         }
-        isa.activate({own.panel, own.dst, n, layer.width - panel * width, &layer});
+        waiting += n;
+        if (alone) activate(keep);
       }
+    activate(width);
   });
 }
 
@@ -190,7 +200,7 @@ void second_matrices(const McLayer& layer, const uint8_t* blob, const Isa& isa, 
       for (int64_t panel = first; panel < stop; ++panel)
         for (int64_t from = routing.start[e]; from < routing.start[e + 1]; from += MANY) {
           int64_t n = std::min(MANY, routing.start[e + 1] - from);
-          multiply(isa, m, blob, panel, forms.rows[m.input], routing.position.data() + from, n, own);
+          multiply(isa, m, blob, panel, forms.rows[m.input], routing.position.data() + from, n, own, own.panel);
           for (int64_t i = 0; i < n; ++i) {
             float* to = sums + routing.token[from + i] * size + (panel - first) * PANEL;
             float weight = weights[routing.slot[from + i]];
@@ -241,7 +251,7 @@ int run_linear(const McLayer& layer, const uint8_t* blob, const Isa& isa, const 
     for (int64_t panel = m.panels * piece / pieces; panel < m.panels * (piece + 1) / pieces; ++panel)
       for (int64_t from = 0; from < n; from += MANY) {
         int64_t count = std::min(MANY, n - from), keep = std::min<int64_t>(PANEL, m.rows - panel * PANEL);
-        multiply(isa, m, blob, panel, forms.rows[m.input], which.data() + from, count, own);
+        multiply(isa, m, blob, panel, forms.rows[m.input], which.data() + from, count, own, own.panel);
         for (int64_t i = 0; i < count; ++i)
           from_floats(own.panel + i * PANEL, dtype, keep,
                       static_cast<uint8_t*>(out) + ((from + i) * m.rows + panel * PANEL) * bytes);

@@ -135,6 +135,14 @@ struct Tile<3, N, CHAINS> {
     low = _mm512_loadu_si512(lows), next = _mm512_loadu_si512(nexts), top = _mm512_loadu_si512(tops);
   }
 
+  // The broadcast is an operand: the compiler would make one for both products, which here costs more than two loads.
+  static void add_pair(Sums<N, CHAINS>& sums, int p, __m512i first, __m512i second, const uint8_t* const (&x)[N]) {
+    for (int i = 0; i < N; ++i) {
+      const int32_t(&both)[PAIRS] = *reinterpret_cast<const int32_t(*)[PAIRS]>(x[i]);
+      asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sums[i][0][p % CHAINS]) : "v"(first), "m"(both[p]));
+      asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sums[i][1][p % CHAINS]) : "v"(second), "m"(both[p]));
+    }
+  }
   static __m512i mantissa(__m512i word) {  // 16 + code at bits 3-5
     return _mm512_ternarylogic_epi32(word, _mm512_set1_epi16(0x38), _mm512_set1_epi16(0x4180), 0xea);  // (a & b) | c
   }
