@@ -27,38 +27,35 @@ void fused(const PanelCall& call, int64_t first) {
       tile.add(at, x, sums);
       for (int i = 0; i < N; ++i) x[i] += TILE * 2;
     }
-    F32<V>::Grid grid(call, g);
-    for (int i = 0; i < N; ++i) {
-      V dots[2] = {{sums[i][0][0]}, {sums[i][1][0]}};
-      for (int k = 1; k < CHAINS; ++k)
-        for (int b = 0; b < 2; ++b) dots[b].x = _mm512_add_ps(dots[b].x, sums[i][b][k]);
-      grid.close(call, first + i, dots);
-    }
+    V dots[N][2];
+    for (int i = 0; i < N; ++i)
+      for (int b = 0; b < 2; ++b) {
+        dots[i][b] = {sums[i][b][0]};
+        for (int k = 1; k < CHAINS; ++k) dots[i][b].x = _mm512_add_ps(dots[i][b].x, sums[i][b][k]);
+      }
+    F32<V>::Grid(call, g).close(call, first, dots);
   }
 }
 
 template <int N>
 void blocked(const PanelCall& call, int64_t first, const uint8_t* w, int64_t column, int64_t columns, int64_t g) {
-  __m512 sums[N][2];
+  V dots[N][2];
   const uint8_t* x[N];
+#pragma GCC unroll 16
   for (int i = 0; i < N; ++i) {
     x[i] = static_cast<const uint8_t*>(call.x[first + i]) + 2 * column;
-    sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    dots[i][0] = dots[i][1] = V::zero();
   }
   for (int64_t p = 0; p < columns / 2; ++p) {
     __m512i a = _mm512_load_si512(w + 2 * p * LINE), b = _mm512_load_si512(w + (2 * p + 1) * LINE);
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
       __m512i value = pair_at(x[i], p);
-      sums[i][0] = dot(sums[i][0], a, value);
-      sums[i][1] = dot(sums[i][1], b, value);
+      dots[i][0].x = dot(dots[i][0].x, a, value);
+      dots[i][1].x = dot(dots[i][1].x, b, value);
     }
   }
-  F32<V>::Grid grid(call, g);
-  for (int i = 0; i < N; ++i) {
-    V dots[2] = {{sums[i][0]}, {sums[i][1]}};
-    grid.close(call, first + i, dots);
-  }
+  F32<V>::Grid(call, g).close(call, first, dots);
 }
 
 void blocked_any(const PanelCall& call, int64_t i, int64_t n, const uint8_t* w, int64_t at, int64_t columns, int64_t g) {

@@ -40,20 +40,27 @@ struct F32 {
       V centre = V::set(m.bits < 16 ? float(1 << (m.bits - 1)) : 0.0f);
       for (int part = 0; part < PARTS; ++part) {
         int64_t at = g * PANEL + part * V::LANES;
-        if (call.scales) scale[part] = grid_f32<V>(call.scales, m.dtype, at);
+        scale[part] = call.scales ? grid_f32<V>(call.scales, m.dtype, at) : V::set(1.0f);
         if (call.zeros)
           lift[part] = V::sub(centre, grid_f32<V>(call.zeros, m.values == MC_INT ? int64_t(MC_U8) : m.dtype, at));
       }
     }
 
-    void close(const PanelCall& call, int64_t i, const V* dots) const {
-      float* out = call.out + i * PANEL;
-      V sum = call.zeros ? V::set(call.sums[i][group]) : V::zero();
-      for (int part = 0; part < PARTS; ++part) {
-        V value = call.zeros ? V::fma(lift[part], sum, dots[part]) : dots[part];
-        V before = V::load(out + part * V::LANES);
-        V::store(out + part * V::LANES, call.scales ? V::fma(value, scale[part], before) : V::add(before, value));
+    // The N rows from `first`. Unrolled, or the dots of the caller would live in memory; so the zeros are asked for once.
+    template <int N>
+    void close(const PanelCall& call, int64_t first, V (&dots)[N][PARTS]) const {
+      if (call.zeros) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i)
+          for (int part = 0; part < PARTS; ++part)
+            dots[i][part] = V::fma(lift[part], V::set(call.sums[first + i][group]), dots[i][part]);
       }
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i)
+        for (int part = 0; part < PARTS; ++part) {
+          float* out = call.out + (first + i) * PANEL + part * V::LANES;
+          V::store(out, V::fma(dots[i][part], scale[part], V::load(out)));
+        }
     }
   };
 
@@ -81,8 +88,7 @@ struct F32 {
         }
         for (int i = 0; i < N; ++i) x[i] += TILE;
       }
-      Grid grid(call, g);
-      for (int i = 0; i < N; ++i) grid.close(call, first + i, dots[i]);
+      Grid(call, g).close(call, first, dots);
     }
   }
 
@@ -100,8 +106,7 @@ struct F32 {
         for (int part = 0; part < PARTS; ++part)
           dots[i][part] = V::fma(V::load(w + c * PANEL + part * V::LANES), value, dots[i][part]);
       }
-    Grid grid(call, g);
-    for (int i = 0; i < N; ++i) grid.close(call, first + i, dots[i]);
+    Grid(call, g).close(call, first, dots);
   }
 
   // Many rows: a group (or as much of it as fits) is expanded once into the scratch and used by all of them. A group in
