@@ -60,10 +60,11 @@ void rows(const PanelCall& call, int64_t column, int64_t columns, int64_t g, boo
         std::memset(x + i * Int<W>::PIECE, 0, columns);
     multiply(x, call.scratch, columns, totals + first * PANEL);
   }
+  Int<W>::Grid grid(call, g);
   for (int64_t i = 0; ends && i < call.n; ++i) {
-    W dots[Int<W>::PARTS];
-    for (int part = 0; part < Int<W>::PARTS; ++part) dots[part] = W::load(totals + i * PANEL + part * W::LANES);
-    Int<W>::close_group(call, g, i, dots);
+    W dots[1][Int<W>::PARTS];
+    for (int part = 0; part < Int<W>::PARTS; ++part) dots[0][part] = W::load(totals + i * PANEL + part * W::LANES);
+    grid.close(call, i, dots);
   }
 }
 

@@ -64,25 +64,50 @@ struct Int {
     return B == 3 ? quad3(lines, q, part) : quad<B == 3 ? 4 : B>(lines, q, part);
   }
 
-  static void close_group(const PanelCall& call, int64_t g, int64_t i, const W* dots) {
-    const McMatrix& m = *call.matrix;
-    int32_t sum = int32_t(call.sums[i][g]);
-    float* out = call.out + i * PANEL;
-    for (int part = 0; part < PARTS; ++part) {
-      int64_t at = g * PANEL + part * W::LANES;
-      W total = dots[part];
-      if (m.values == MC_SYMMETRIC) total = W::sub(total, W::set(sum * (1 << (m.bits - 1))));
-      if (m.values == MC_BINARY) total = W::sub(W::add(total, total), W::set(sum));
-      if (m.values == MC_INT) total = W::sub(total, W::mul(W::load_u8(call.zeros + at), W::set(sum)));
-      V value = W::to_float(total);
-      if (m.values == MC_FLOAT) {
-        V zero = grid_f32<V>(call.zeros, m.dtype, at);
-        value = W::fma(V::sub(V::zero(), zero), V::set(float(sum)), value);
+  // What a group of a panel counts: totals += scale * (dot - zero * sum), the difference in integers but for float zeros.
+  struct Grid {
+    V scale[PARTS], minus[PARTS];  // minus: float zero points, negated
+    W zero[PARTS];
+    int64_t group;
+
+    Grid(const PanelCall& call, int64_t g) : group(g) {
+      const McMatrix& m = *call.matrix;
+      for (int part = 0; part < PARTS; ++part) {
+        int64_t at = g * PANEL + part * W::LANES;
+        scale[part] = grid_f32<V>(call.scales, m.dtype, at);
+        zero[part] = W::set(m.values == MC_SYMMETRIC ? 1 << (m.bits - 1) : m.values == MC_BINARY ? 1 : 0);
+        if (m.values == MC_INT) zero[part] = W::load_u8(call.zeros + at);
+        if (m.values == MC_FLOAT) minus[part] = V::sub(V::zero(), grid_f32<V>(call.zeros, m.dtype, at));
       }
-      V before = V::load(out + part * W::LANES);
-      V::store(out + part * W::LANES, W::fma(value, grid_f32<V>(call.scales, m.dtype, at), before));
     }
-  }
+
+    // The N rows from `first`; unrolled as in panel_f32.h.
+    template <int N>
+    void close(const PanelCall& call, int64_t first, W (&dots)[N][PARTS]) const {
+      const McMatrix& m = *call.matrix;
+      if (m.values == MC_FLOAT) return store<N, true>(call, first, dots);
+      bool twice = m.values == MC_BINARY;
+      MC_UNROLL(16)
+      for (int i = 0; i < N; ++i)
+        for (int part = 0; part < PARTS; ++part) {
+          if (twice) dots[i][part] = W::add(dots[i][part], dots[i][part]);
+          dots[i][part] = W::sub(dots[i][part], W::mul(zero[part], W::set(int32_t(call.sums[first + i][group]))));
+        }
+      store<N, false>(call, first, dots);
+    }
+
+    template <int N, bool FLOAT>
+    void store(const PanelCall& call, int64_t first, const W (&dots)[N][PARTS]) const {
+      MC_UNROLL(16)
+      for (int i = 0; i < N; ++i)
+        for (int part = 0; part < PARTS; ++part) {
+          V value = W::to_float(dots[i][part]);
+          if (FLOAT) value = W::fma(minus[part], V::set(float(int32_t(call.sums[first + i][group]))), value);
+          float* out = call.out + (first + i) * PANEL + part * W::LANES;
+          V::store(out, W::fma(value, scale[part], V::load(out)));
+        }
+    }
+  };
 
   template <int B, int N>
   static void fused(const PanelCall& call) {
@@ -109,11 +134,13 @@ struct Int {
           }
         for (int i = 0; i < N; ++i) x[i] += TILE;
       }
-      for (int i = 0; i < N; ++i) {
-        for (int k = 1; k < CHAINS; ++k)
-          for (int part = 0; part < PARTS; ++part) dots[i][0][part] = W::add(dots[i][0][part], dots[i][k][part]);
-        close_group(call, g, i, dots[i][0]);
-      }
+      W totals[N][PARTS];
+      for (int i = 0; i < N; ++i)
+        for (int part = 0; part < PARTS; ++part) {
+          totals[i][part] = dots[i][0][part];
+          for (int k = 1; k < CHAINS; ++k) totals[i][part] = W::add(totals[i][part], dots[i][k][part]);
+        }
+      Grid(call, g).close(call, 0, totals);
     }
   }
 
@@ -121,13 +148,13 @@ struct Int {
   template <int B, int N>
   static void blocked(const PanelCall& call, int64_t first, int64_t column, int64_t columns, int64_t g, bool begins,
                       bool ends) {
-    int32_t* totals = reinterpret_cast<int32_t*>(call.scratch + TOTALS);
+    int32_t* totals = reinterpret_cast<int32_t*>(call.scratch + TOTALS) + first * PANEL;
     W dots[N][PARTS];
     const int8_t* x[N];
+    MC_UNROLL(16)
     for (int i = 0; i < N; ++i) {
       x[i] = static_cast<const int8_t*>(call.x[first + i]) + column;
-      for (int part = 0; part < PARTS; ++part)
-        dots[i][part] = begins ? W::zero() : W::load(totals + (first + i) * PANEL + part * W::LANES);
+      for (int part = 0; part < PARTS; ++part) dots[i][part] = W::zero();
     }
     for (int64_t q = 0; q < columns / 4; ++q) {
       const uint8_t* w = call.scratch + q * PANEL * 4;
@@ -138,21 +165,33 @@ struct Int {
           dots[i][part] = W::template dot<B>(dots[i][part], W::load(w + part * W::LANES * 4), value);
       }
     }
-    for (int i = 0; i < N; ++i) {
-      if (ends) close_group(call, g, first + i, dots[i]);
-      for (int part = 0; part < PARTS && !ends; ++part)
-        W::store(totals + (first + i) * PANEL + part * W::LANES, dots[i][part]);
-    }
+    if (begins && ends) return Grid(call, g).close(call, first, dots);
+    for (int i = 0; i < N; ++i)
+      for (int part = 0; part < PARTS; ++part) {
+        int32_t* total = totals + i * PANEL + part * W::LANES;
+        if (!begins) dots[i][part] = W::add(dots[i][part], W::load(total));
+        W::store(total, dots[i][part]);
+      }
+    if (ends) Grid(call, g).close(call, first, dots);
   }
 
-  // All rows times one expanded piece, W::ROWS at a time and the rest in smaller numbers.
+  // n rows, at most N.
+  template <int B, int N>
+  static void some(const PanelCall& call, int64_t first, int64_t n, int64_t column, int64_t columns, int64_t g,
+                   bool begins, bool ends) {
+    if constexpr (N > 1)
+      if (n < N) return some<B, N - 1>(call, first, n, column, columns, g, begins, ends);
+    blocked<B, N>(call, first, column, columns, g, begins, ends);
+  }
+
+  // All rows times one expanded piece, at most W::ROWS at a time, in blocks of equal sizes. B: any below 8, or 8.
   template <int B>
   static void rows(const PanelCall& call, int64_t column, int64_t columns, int64_t g, bool begins, bool ends) {
-    int64_t i = 0;
-    for (; i + W::ROWS <= call.n; i += W::ROWS) blocked<B, W::ROWS>(call, i, column, columns, g, begins, ends);
-    for (; i + 4 <= call.n; i += 4) blocked<B, 4>(call, i, column, columns, g, begins, ends);
-    for (; i + 2 <= call.n; i += 2) blocked<B, 2>(call, i, column, columns, g, begins, ends);
-    for (; i < call.n; ++i) blocked<B, 1>(call, i, column, columns, g, begins, ends);
+    int64_t blocks = (call.n + W::ROWS - 1) / W::ROWS;
+    for (int64_t k = 0; k < blocks; ++k) {
+      int64_t first = call.n * k / blocks;
+      some<B, W::ROWS>(call, first, call.n * (k + 1) / blocks - first, column, columns, g, begins, ends);
+    }
   }
 
   using Rows = void (*)(const PanelCall&, int64_t, int64_t, int64_t, bool, bool);
@@ -183,7 +222,7 @@ struct Int {
     switch (call.n) {
       case 1: return fused<B, 1>(call);
       case 2: return fused<B, 2>(call);
-      default: return expanded<B>(call, rows<B>);
+      default: return expanded<B>(call, rows<B < 8 ? 4 : 8>);
     }
   }
 

@@ -6,7 +6,7 @@
 namespace {
 
 struct W {
-  static constexpr int LANES = 16, ROWS = 8, CHAINS = 4;
+  static constexpr int LANES = 16, ROWS = 10, CHAINS = 4;
   using V = ::V;
   __m512i x;
 
