@@ -122,7 +122,7 @@ struct Int {
         for (int k = 0; k < CHAINS; ++k)
           for (int part = 0; part < PARTS; ++part) dots[i][k][part] = W::zero();
       for (int64_t t = 0; t < m.padded / TILE; ++t, at += 2 * B * LINE) {
-        for (int line = 0; line < 2 * B; ++line) fetch_ahead(at + line * LINE);
+        for (int line = 0; line < 2 * B; ++line) B == 3 ? fetch_ahead(at + line * LINE) : fetch_near(at + line * LINE);
         MC_UNROLL(8)
         for (int q = 0; q < QUADS; ++q)
           for (int part = 0; part < PARTS; ++part) {
