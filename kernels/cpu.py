@@ -68,7 +68,7 @@ def prepare(layer: Layer, records: Sequence[Tensor], slot_map: Tensor, biases: S
     slots = slot_map.tolist()
     table, size, bias_at = make_table(layer, slots)
     blob = torch.empty(size, dtype=torch.uint8)
-    _prefer_huge_pages(blob)
+    prefer_huge_pages(blob)
     first = [slots.index(slot) == number for number, slot in enumerate(slots)]  # experts may share a record
     sources = [records[k][row].data_ptr() if new else None for (k, row), new in zip(slots, first, strict=True)]
     rows = (ctypes.c_void_p * layer.experts)(*sources)
@@ -140,7 +140,7 @@ def _check(layer: Layer, code: int) -> None:
         raise ValueError(f"CPU kernels: {_ERRORS[code].format(experts=layer.experts)}")
 
 
-def _prefer_huge_pages(blob: Tensor) -> None:
+def prefer_huge_pages(blob: Tensor) -> None:
     """Ask for large pages: streaming through gigabytes otherwise misses the translation cache at every 4 KB."""
     page = 1 << 21
     start = -(-blob.data_ptr() // page) * page

@@ -67,9 +67,7 @@ def _form(m: Matrix) -> bytes:
     factor = m.clip / (2 ** (m.rounding - 1) - 1) if m.rounding else 0.0
     floats = m.values == "raw" and m.dtype != "bfloat16"
     order = m.bits if integers else 0
-    return _INPUT.pack(
-        m.rounding, factor, group, _tiles(group), groups, sums, 0 if floats else 1, offsets, order
-    )
+    return _INPUT.pack(m.rounding, factor, group, _tiles(group), groups, sums, 0 if floats else 1, offsets, order)
 
 
 def _matrix(layer: Layer, m: Matrix, number: int, numbers: tuple[int, int], start: int) -> tuple[bytes, int]:

@@ -5,8 +5,9 @@
 
 Weights are random, and each repetition uses other experts, so that weights come from memory and not from a cache.
 `gbs` counts the bytes of the experts that were used (codes and scales), once; `fraction_of_bandwidth` compares it with
-a plain read of memory, measured in the same run. A peer that is not installed is named in `skipped`. `ms` and what
-peers took are medians; `min_ms` is the best repetition.
+a plain read of memory, measured in the same run. Bit widths and peers take turns, so that other work on the machine
+meets them alike. A peer that is not installed is named in `skipped`. `ms` and what peers took are medians; `min_ms` is
+the best repetition.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_peers import PEERS, Experts
+from kernel_peers import PEERS, Experts, Peer
 from torch import Tensor
 
 from moecompress import ops
@@ -45,7 +46,7 @@ class Layer:
 
     def __init__(self, shape: str, bits: int, device: torch.device, activation: Activation = "none") -> None:
         self.title, hidden, width, self.experts, self.per_token = SHAPES[shape]
-        self.hidden, self.width, self.bits = hidden, width, bits
+        self.shape, self.hidden, self.width, self.bits, self.activation = shape, hidden, width, bits, activation
         scheme = Scheme(bits, GROUP, activation=activation)
         sizes = (("gate_up", (2 * width, hidden)), ("down", (hidden, width)))
         layout = plan_record([(name, size, scheme, torch.bfloat16) for name, size in sizes])
@@ -77,21 +78,34 @@ class Layer:
         return ops.moe_mlp(*inputs, self.handle, self.choice.backend, self.layer.text)
 
 
-def measure(run: Callable[[Any], Any], inputs: list[Any], seconds: float) -> tuple[float, float]:
-    """(median, least) milliseconds of calls on the inputs in turn."""
-    run(inputs[0])
-    times, began, turn = [], time.perf_counter(), 0
-    while turn < 3 or time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        run(inputs[turn % len(inputs)])
-        times.append((time.perf_counter() - start) * 1e3)
-        turn += 1
-    return statistics.median(times), min(times)
+Run = tuple[Callable[[Any], Any], list[Any]]  # what to call, and the inputs that it gets in turn
+
+
+def in_turn(runs: list[Run], seconds: float) -> list[tuple[float, float]]:
+    """(median, least) milliseconds of each, `seconds` for each and three calls at least.
+
+    They take turns of a tenth of that, so that what else goes on in the machine meets all of them alike.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for run, inputs in runs:
+        run(inputs[0])
+    for _ in range(10):
+        for own, (run, inputs) in zip(times, runs, strict=True):
+            began = time.perf_counter()
+            while len(own) < 3 or time.perf_counter() - began < seconds / 10:
+                start = time.perf_counter()
+                run(inputs[len(own) % len(inputs)])
+                own.append((time.perf_counter() - start) * 1e3)
+                if sum(own) > seconds * 1e3 and len(own) >= 3:  # slow ones: not a call for every turn
+                    break
+    return [(statistics.median(own), min(own)) for own in times]
 
 
 def read_bandwidth(seconds: float) -> float:
-    """GB/s of a plain read of 512 MiB, the best of several."""
-    memory = torch.ones(1 << 29, dtype=torch.uint8)
+    """GB/s of a plain read of 512 MiB, the best of several, in large pages as the kernels' weights."""
+    memory = torch.empty(1 << 29, dtype=torch.uint8)
+    cpu.prefer_huge_pages(memory)
+    memory.fill_(1)
     began, best = time.perf_counter(), float("inf")
     while time.perf_counter() - began < seconds:
         best = min(best, cpu.read_seconds(memory))
@@ -99,7 +113,7 @@ def read_bandwidth(seconds: float) -> float:
 
 
 def bench_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
-    device, seconds = torch.device("cpu"), 0.3 if arguments.quick else 1.5
+    seconds = 0.3 if arguments.quick else 1.5
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     bandwidth: dict[int, float] = {}
@@ -107,36 +121,16 @@ def bench_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(threads)
         bandwidth[threads] = read_bandwidth(seconds)
     for shape in arguments.shapes:
-        for bits in arguments.bits:
-            layer = Layer(shape, bits, device, arguments.activation)
-            for threads in arguments.threads:
-                torch.set_num_threads(threads)
-                for tokens in arguments.tokens:
-                    inputs = [
-                        layer.routing(tokens, turn, device) for turn in range(layer.experts if tokens == 1 else 4)
-                    ]
-                    median, least = measure(layer.run, inputs, seconds)
-                    used = statistics.mean(len(ids.unique()) for _, ids, _ in inputs)
-                    gbs = used * layer.record_bytes / median / 1e6
-                    rows.append(
-                        {
-                            "shape": layer.title,
-                            "M": tokens,
-                            "bits": bits,
-                            "inputs": arguments.activation,
-                            "threads": threads,
-                            "ms": median,
-                            "min_ms": least,
-                            "gbs": gbs,
-                            "fraction_of_bandwidth": gbs / bandwidth[threads],
-                            "gflops": 6e-6 * tokens * layer.per_token * layer.hidden * layer.width / median,
-                            "backend": layer.choice.backend,
-                            "peers": {},
-                        }
-                    )
-            del layer
-        if not arguments.no_peers:
-            _peers(arguments, shape, seconds, rows, skipped)
+        layers = [Layer(shape, bits, torch.device("cpu"), arguments.activation) for bits in arguments.bits]
+        peers = {} if arguments.no_peers else _peers(shape, skipped)
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            for peer in peers.values():
+                peer.threads(threads)
+            for tokens in arguments.tokens:
+                compared = peers if tokens in arguments.peer_tokens else {}
+                rows += _rows(layers, compared, threads, tokens, seconds, bandwidth[threads])
+    rows.sort(key=lambda row: (list(SHAPES).index(row["key"]), -row["bits"], row["threads"], row["M"]))
     return {
         "device": processor(),
         "backend": ops.backend("cpu").describe(),
@@ -148,30 +142,55 @@ def bench_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _peers(
-    arguments: argparse.Namespace, shape: str, seconds: float, rows: list[dict[str, Any]], skipped: dict[str, str]
-) -> None:
-    """Add what peers take to the rows of this shape."""
-    title, hidden, width, experts, per_token = SHAPES[shape]
+def _rows(
+    layers: list[Layer], peers: dict[str, Peer], threads: int, tokens: int, seconds: float, bandwidth: float
+) -> list[dict[str, Any]]:
+    """One row for each layer, of measurements that took turns with each other and with the peers."""
+    inputs = [
+        [layer.routing(tokens, turn, torch.device("cpu")) for turn in range(layer.experts if tokens == 1 else 4)]
+        for layer in layers
+    ]
+    runs: list[Run] = [(layer.run, own) for layer, own in zip(layers, inputs, strict=True)]
+    for peer in peers.values():
+        runs.append(
+            (peer.run, [peer.routing(tokens, turn) for turn in range(peer.sizes.experts if tokens == 1 else 2)])
+        )
+    times = in_turn(runs, seconds)
+    medians = dict(zip(peers, (median for median, _ in times[len(layers) :]), strict=True))
+    rows = []
+    for layer, own, (median, least) in zip(layers, inputs, times, strict=False):
+        used = statistics.mean(len(ids.unique()) for _, ids, _ in own)
+        gbs = used * layer.record_bytes / median / 1e6
+        rows.append(
+            {
+                "shape": layer.title,
+                "key": layer.shape,
+                "M": tokens,
+                "bits": layer.bits,
+                "inputs": layer.activation,
+                "threads": threads,
+                "ms": median,
+                "min_ms": least,
+                "gbs": gbs,
+                "fraction_of_bandwidth": gbs / bandwidth,
+                "gflops": 6e-6 * tokens * layer.per_token * layer.hidden * layer.width / median,
+                "backend": layer.choice.backend,
+                "peers": {name: ms for name, ms in medians.items() if layer.bits in peers[name].bits},
+            }
+        )
+    return rows
+
+
+def _peers(shape: str, skipped: dict[str, str]) -> dict[str, Peer]:
+    """The peers that are installed, with weights of this shape."""
+    _, hidden, width, experts, per_token = SHAPES[shape]
+    made = {}
     for name, make in PEERS.items():
         try:
-            peer = make(Experts(hidden, width, experts, per_token, GROUP))
+            made[name] = make(Experts(hidden, width, experts, per_token, GROUP))
         except ModuleNotFoundError as error:
             skipped[name] = f"{error.name} is not installed"
-            continue
-        for row in [row for row in rows if row["shape"] == title]:
-            torch.set_num_threads(row["threads"])
-            peer.threads(row["threads"])
-            if row["bits"] not in peer.bits or row["M"] not in arguments.peer_tokens:
-                continue
-            same = [r for r in rows if r is not row and all(r[k] == row[k] for k in ("shape", "M", "threads"))]
-            known = [r["peers"][name] for r in same if name in r["peers"]]
-            if known:  # a peer that does not depend on the bits is measured once
-                row["peers"][name] = known[0]
-                continue
-            inputs = [peer.routing(row["M"], turn) for turn in range(experts if row["M"] == 1 else 2)]
-            row["peers"][name] = measure(peer.run, inputs, seconds)[0]
-        del peer
+    return made
 
 
 def processor() -> str:
