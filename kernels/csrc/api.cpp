@@ -121,7 +121,7 @@ MC_EXPORT uint64_t mc_read(const uint8_t* at, int64_t bytes, int threads) {
     auto& c = *static_cast<Context*>(with);
     uint64_t sums[8] = {};
     for (int64_t from = i * PIECE; from < c.bytes && from < (i + 1) * PIECE; from += 64) {
-      fetch_ahead(c.at + from);
+      __builtin_prefetch(c.at + from + 8192, 0, 2);
       for (int k = 0; k < 8; ++k) {
         uint64_t word;
         std::memcpy(&word, c.at + from + 8 * k, 8);

@@ -45,14 +45,26 @@ void parallel(int threads, int64_t tasks, const F& f) {
            const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// Multiply rows `which[0..n)` of x by one panel, steps applied: out [n][PANEL].
-void multiply(const Isa& isa, const McMatrix& m, const uint8_t* blob, int64_t panel, const Rows& x, const int64_t* which,
-              int64_t n, Scratch& own, float* out) {
+const uint8_t* codes_of(const McMatrix& m, const uint8_t* blob, int64_t panel) {
+  return blob + m.codes + panel * panel_bytes(m);
+}
+
+// Panels that a thread reads one after another, and where the codes are that it reads then, as far as can be told.
+struct Span {
+  int64_t first, stop;
+  const uint8_t* next;
+};
+
+// Multiply rows `which[0..n)` of x by one panel of a span, steps applied: out [n][PANEL].
+void multiply(const Isa& isa, const McMatrix& m, const uint8_t* blob, int64_t panel, const Span& span, const Rows& x,
+              const int64_t* which, int64_t n, Scratch& own, float* out) {
   for (int64_t i = 0; i < n; ++i)
     own.x[i] = x.row(which[i]), own.sums[i] = x.sum(which[i]), own.offsets[i] = x.offset(which[i]);
   int64_t zero_bytes = element_bytes(m.values == MC_INT ? int64_t(MC_U8) : m.dtype);
   PanelCall call = {};
-  call.codes = blob + m.codes + panel * panel_bytes(m);
+  call.codes = codes_of(m, blob, panel);
+  call.end = codes_of(m, blob, span.stop);
+  call.next = span.next;
   call.scales = m.scales < 0 ? nullptr : blob + m.scales + panel * m.groups * PANEL * element_bytes(m.dtype);
   call.zeros = m.zeros < 0 ? nullptr : blob + m.zeros + panel * m.groups * PANEL * zero_bytes;
   call.matrix = &m;
@@ -142,20 +154,41 @@ std::vector<int64_t> forms_in_use(const McLayer& layer, const std::vector<int64_
   return used;
 }
 
+// In how many pieces the panels of second matrices are shared out.
+int64_t second_pieces(const McLayer& layer, int64_t tokens, int threads) {
+  int64_t panels = (layer.hidden + PANEL - 1) / PANEL;
+  return std::min<int64_t>(panels, threads > 1 ? threads * 8 : std::max<int64_t>(1, tokens / 32));
+}
+
+// Where piece `piece` of the second matrices begins, or null after the last.
+const uint8_t* second_start(const McLayer& layer, const uint8_t* blob, int64_t expert, int64_t piece, int64_t pieces) {
+  int64_t panels = (layer.hidden + PANEL - 1) / PANEL;
+  const McMatrix& m = matrices_of(&layer)[expert * layer.matrices + 1];
+  return piece < pieces ? codes_of(m, blob, panels * piece / pieces) : nullptr;
+}
+
 // gate_up and activation for every slot: inner float32 [slots, width]
 void first_matrices(const McLayer& layer, const uint8_t* blob, const Isa& isa, const Routing& routing,
-                    const Forms& forms, float* inner, int threads) {
+                    const Forms& forms, float* inner, int64_t tokens, int threads) {
   std::vector<int64_t> heavy = routing.active;  // most work first, so that no thread is left alone with it
   std::stable_sort(heavy.begin(), heavy.end(), [&](int64_t a, int64_t b) {
     return routing.start[a + 1] - routing.start[a] > routing.start[b + 1] - routing.start[b];
   });
   int64_t panels = matrices_of(&layer)[0].panels;
   int64_t pieces = std::min<int64_t>(panels, (threads * 16 - 1) / int64_t(heavy.size()) + 1);
-  int64_t width = layer.gated ? BLOCK : PANEL;
-  parallel(threads, int64_t(heavy.size()) * pieces, [&](int64_t task) {
+  int64_t width = layer.gated ? BLOCK : PANEL, tasks = int64_t(heavy.size()) * pieces;
+  auto matrix = [&](int64_t task) -> const McMatrix& {
+    return matrices_of(&layer)[heavy[task / pieces] * layer.matrices];
+  };
+  auto begins = [&](int64_t task) { return panels * (task % pieces) / pieces; };
+  parallel(threads, tasks, [&](int64_t task) {
     Scratch& own = scratch();
-    int64_t e = heavy[task / pieces], piece = task % pieces;
-    const McMatrix& m = matrices_of(&layer)[e * layer.matrices];
+    int64_t e = heavy[task / pieces], later = task + threads;
+    const McMatrix& m = matrix(task);
+    Span span = {begins(task), panels * (task % pieces + 1) / pieces, nullptr};
+    int64_t then = second_pieces(layer, tokens, threads);
+    span.next = later < tasks ? codes_of(matrix(later), blob, begins(later))
+                              : second_start(layer, blob, routing.active[0], later - tasks, then);
     const float* bias = layer.bias_up < 0 ? nullptr
                         : reinterpret_cast<const float*>(blob + layer.bias_up) + e * panels * PANEL;
     int64_t waiting = 0;  // single rows wait for each other: one vector at a time would be bound by latency
@@ -163,13 +196,13 @@ void first_matrices(const McLayer& layer, const uint8_t* blob, const Isa& isa, c
       if (waiting) isa.activate({own.panel, own.dst, waiting, keep, &layer});
       waiting = 0;
     };
-    for (int64_t panel = panels * piece / pieces; panel < panels * (piece + 1) / pieces; ++panel)
+    for (int64_t panel = span.first; panel < span.stop; ++panel)
       for (int64_t from = routing.start[e]; from < routing.start[e + 1]; from += MANY) {
         int64_t n = std::min(MANY, routing.start[e + 1] - from), keep = std::min(width, layer.width - panel * width);
         bool alone = n > 1 || keep < width;
         if (alone || waiting == MANY) activate(width);
         float* out = own.panel + waiting * PANEL;
-        multiply(isa, m, blob, panel, forms.rows[m.input], routing.token.data() + from, n, own, out);
+        multiply(isa, m, blob, panel, span, forms.rows[m.input], routing.token.data() + from, n, own, out);
         for (int64_t i = 0; i < n; ++i) {
           for (int r = 0; bias && r < PANEL; ++r) out[i * PANEL + r] += bias[panel * PANEL + r];
           own.dst[waiting + i] = inner + (from + i) * layer.width + panel * width;
@@ -185,22 +218,25 @@ void first_matrices(const McLayer& layer, const uint8_t* blob, const Isa& isa, c
 void second_matrices(const McLayer& layer, const uint8_t* blob, const Isa& isa, const Routing& routing,
                      const Forms& forms, const float* weights, int64_t tokens, int64_t dtype, uint8_t* out,
                      Memory& memory, int threads) {
-  int64_t panels = (layer.hidden + PANEL - 1) / PANEL;
-  int64_t pieces = std::min<int64_t>(panels, threads > 1 ? threads * 8 : std::max<int64_t>(1, tokens / 32));
+  int64_t panels = (layer.hidden + PANEL - 1) / PANEL, pieces = second_pieces(layer, tokens, threads);
   float* total = memory.take<float>(tokens * panels * PANEL);
   parallel(threads, pieces, [&](int64_t piece) {
     Scratch& own = scratch();
     int64_t first = panels * piece / pieces, stop = panels * (piece + 1) / pieces, size = (stop - first) * PANEL;
     float* sums = total + tokens * first * PANEL;  // [tokens][size]
     std::fill(sums, sums + tokens * size, 0.0f);
-    for (int64_t e : routing.active) {
+    for (size_t at = 0; at < routing.active.size(); ++at) {
+      int64_t e = routing.active[at];
       const McMatrix& m = matrices_of(&layer)[e * layer.matrices + 1];
+      bool last = at + 1 == routing.active.size();
+      int64_t then = routing.active[last ? 0 : at + 1];
+      Span span = {first, stop, second_start(layer, blob, then, last ? piece + threads : piece, pieces)};
       const float* bias = layer.bias_down < 0 ? nullptr
                           : reinterpret_cast<const float*>(blob + layer.bias_down) + e * panels * PANEL;
       for (int64_t panel = first; panel < stop; ++panel)
         for (int64_t from = routing.start[e]; from < routing.start[e + 1]; from += MANY) {
           int64_t n = std::min(MANY, routing.start[e + 1] - from);
-          multiply(isa, m, blob, panel, forms.rows[m.input], routing.position.data() + from, n, own, own.panel);
+          multiply(isa, m, blob, panel, span, forms.rows[m.input], routing.position.data() + from, n, own, own.panel);
           for (int64_t i = 0; i < n; ++i) {
             float* to = sums + routing.token[from + i] * size + (panel - first) * PANEL;
             float weight = weights[routing.slot[from + i]];
@@ -230,7 +266,7 @@ int run_moe(const McLayer& layer, const uint8_t* blob, const Isa& isa, const voi
   Forms before, after;
   before.make(layer, isa, x, dtype, dtype, tokens, layer.hidden, forms_in_use(layer, routing.active, 0), threads, memory);
   float* inner = memory.take<float>(slots * layer.width);
-  first_matrices(layer, blob, isa, routing, before, inner, threads);
+  first_matrices(layer, blob, isa, routing, before, inner, tokens, threads);
   std::vector<int64_t> wanted = forms_in_use(layer, routing.active, 1);
   after.make(layer, isa, inner, MC_F32, dtype, slots, layer.width, wanted, threads, memory);
   second_matrices(layer, blob, isa, routing, after, weights, tokens, dtype, static_cast<uint8_t*>(out), memory, threads);
@@ -248,10 +284,13 @@ int run_linear(const McLayer& layer, const uint8_t* blob, const Isa& isa, const 
   int64_t pieces = std::min<int64_t>(m.panels, threads * 8), bytes = element_bytes(dtype);
   parallel(threads, pieces, [&](int64_t piece) {
     Scratch& own = scratch();
-    for (int64_t panel = m.panels * piece / pieces; panel < m.panels * (piece + 1) / pieces; ++panel)
+    int64_t later = std::min(piece + threads, pieces);
+    const uint8_t* next = codes_of(m, blob, m.panels * later / pieces);
+    Span span = {m.panels * piece / pieces, m.panels * (piece + 1) / pieces, next};
+    for (int64_t panel = span.first; panel < span.stop; ++panel)
       for (int64_t from = 0; from < n; from += MANY) {
         int64_t count = std::min(MANY, n - from), keep = std::min<int64_t>(PANEL, m.rows - panel * PANEL);
-        multiply(isa, m, blob, panel, forms.rows[m.input], which.data() + from, count, own, own.panel);
+        multiply(isa, m, blob, panel, span, forms.rows[m.input], which.data() + from, count, own, own.panel);
         for (int64_t i = 0; i < count; ++i)
           from_floats(own.panel + i * PANEL, dtype, keep,
                       static_cast<uint8_t*>(out) + ((from + i) * m.rows + panel * PANEL) * bytes);

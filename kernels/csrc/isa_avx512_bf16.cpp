@@ -23,7 +23,7 @@ void fused(const PanelCall& call, int64_t first) {
       for (int k = 0; k < CHAINS; ++k)
         sums[i][0][k] = sums[i][1][k] = _mm512_set1_ps(B == 3 && k == 0 ? call.offsets[first + i][g] : 0.0f);
     for (int64_t t = 0; t < m.padded / TILE; ++t, at += 2 * B * LINE) {
-      for (int line = 0; line < 2 * B; ++line) fetch_ahead(at + line * LINE);
+      fetch_ahead<AHEAD>(call, at, 2 * B);
       tile.add(at, x, sums);
       for (int i = 0; i < N; ++i) x[i] += TILE * 2;
     }
@@ -87,7 +87,7 @@ void expanded(const PanelCall& call) {
     for (int64_t from = 0; from < m.padded; from += most) {
       int64_t columns = m.padded - from < most ? m.padded - from : most;
       for (int64_t t = 0; t < columns / TILE; ++t, at += 2 * B * LINE) {
-        for (int line = 0; line < 2 * B; ++line) fetch_ahead(at + line * LINE);
+        fetch_ahead<AHEAD>(call, at, 2 * B);
 #pragma GCC unroll 16
         for (int p = 0; p < PAIRS; ++p) {
           _mm512_store_si512(w + 2 * (t * PAIRS + p) * LINE, codes.pair(at, p));

@@ -59,14 +59,6 @@ inline const McMatrix* matrices_of(const McLayer* l) {
 }
 inline int64_t tile_bytes(const McMatrix& m) { return 2 * m.bits * LINE; }  // of one panel
 inline int64_t panel_bytes(const McMatrix& m) { return m.groups * (m.padded / TILE) * tile_bytes(m); }
-// Codes are fetched far ahead into the second cache: the first one has too few places for lines under way to keep memory
-// busy. Only where arithmetic is so light that it waits for memory all the time is the first cache better, a little ahead.
-// (Measured on Zen 4, where bf16 products read up to a fifth slower with NEAR, int8 products of four bits with AHEAD; those of three do more for a code.)
-// Memory behind a blob may be named, not read.
-constexpr int AHEAD = 16384, NEAR = 2048;
-inline void fetch_ahead(const uint8_t* at) { __builtin_prefetch(at + AHEAD, 0, 2); }
-inline void fetch_near(const uint8_t* at) { __builtin_prefetch(at + NEAR, 0, 3); }
-
 // Where column c of a tile of `bits` bits is among the bytes of its quads.
 constexpr int quad_place(int bits, int c) {
   int half = c & 1;
@@ -85,6 +77,8 @@ inline int64_t element_bytes(int64_t type) { return type == MC_F32 ? 4 : type ==
 // One panel of a matrix times n input rows: out[n][32] (float32, overwritten).
 struct PanelCall {
   const uint8_t* codes;       // of this panel
+  const uint8_t* end;         // of the panels that this thread reads one after another
+  const uint8_t* next;        // the codes that it reads then, or null
   const uint8_t* scales;      // of this panel, or null
   const uint8_t* zeros;       // of this panel, or null
   const McMatrix* matrix;
@@ -97,6 +91,21 @@ struct PanelCall {
   uint8_t* scratch;           // SCRATCH bytes, aligned to 64
 };
 constexpr int64_t SCRATCH = 64 * 1024, MANY = 96;
+
+// Codes are fetched far ahead into the second cache: the first one has too few places for lines under way to keep memory
+// busy. Only where arithmetic is so light that it waits for memory all the time is the first cache better, a little ahead.
+// (Measured on Zen 4, where bf16 products read up to a fifth slower with NEAR, int8 products of four bits with AHEAD; those
+// of three do more for a code.) What lies behind the panels of this thread is of no use to it, but what it reads then is.
+constexpr int64_t AHEAD = 16384, NEAR = 2048;
+template <int64_t DISTANCE>
+inline void fetch_ahead(const PanelCall& call, const uint8_t* at, int64_t lines) {
+  const uint8_t* from = at + DISTANCE;
+  if (from >= call.end) {
+    if (!call.next) return;
+    from = call.next + (from - call.end);
+  }
+  for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(from + line * LINE, 0, DISTANCE == NEAR ? 3 : 2);
+}
 
 struct ActivationCall {       // dst[i] = f of n rows of a panel: [16] when gated, [32] when not
   const float* panel;         // [n][32]; gated: 16 gates then 16 ups

@@ -122,7 +122,7 @@ struct Int {
         for (int k = 0; k < CHAINS; ++k)
           for (int part = 0; part < PARTS; ++part) dots[i][k][part] = W::zero();
       for (int64_t t = 0; t < m.padded / TILE; ++t, at += 2 * B * LINE) {
-        for (int line = 0; line < 2 * B; ++line) B == 3 ? fetch_ahead(at + line * LINE) : fetch_near(at + line * LINE);
+        fetch_ahead<B == 3 ? AHEAD : NEAR>(call, at, 2 * B);
         MC_UNROLL(8)
         for (int q = 0; q < QUADS; ++q)
           for (int part = 0; part < PARTS; ++part) {
@@ -205,7 +205,7 @@ struct Int {
       for (int64_t from = 0; from < m.padded; from += PIECE) {
         int64_t columns = m.padded - from < PIECE ? m.padded - from : PIECE;
         for (int64_t t = 0; t < columns / TILE; ++t, at += 2 * B * LINE) {
-          for (int line = 0; line < 2 * B; ++line) fetch_ahead(at + line * LINE);
+          fetch_ahead<AHEAD>(call, at, 2 * B);
           MC_UNROLL(8)
           for (int q = 0; q < QUADS; ++q)
             for (int part = 0; part < PARTS; ++part)
