@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import moecompress
+from moecompress import doctor
 from moecompress.errors import RecipeError
 from moecompress.experts import PackedExperts
 from moecompress.packed import Packed, backends
@@ -49,6 +50,16 @@ def test_a_compiler_means_compiled_kernels(native: Path, monkeypatch: pytest.Mon
     packed = [module for module in model.modules() if isinstance(module, Packed)]
     assert len(packed) > families.LAYERS and all(module.choice.backend == "cpu" for module in packed)  # type: ignore[union-attr]
     assert len(backends(model)) == 1 and backends(model)[0].startswith(f"{len(packed)} packed modules by cpu, ")
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="there is no compiler")
+def test_the_report_names_who_ran_and_why_not_a_better_one(native: Path) -> None:
+    """In the words of doctor."""
+    said = engine.read_json(native / "moecompress" / "report.json")["backend"]
+    reasons = {row["backend"]: row["reason"] for row in doctor.kernels()}
+    assert " packed modules by cpu, " in said and reasons["cpu"].split(",")[0] in said
+    for better in ("cuda", "triton"):
+        assert f"not {better}: {reasons[better]}" in said, said
 
 
 def test_int8_inputs_are_asked_for_named_and_not_saved(native: Path, tmp_path: Path) -> None:
