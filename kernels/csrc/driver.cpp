@@ -1,6 +1,7 @@
 // Routed experts and Linears: who multiplies what, in which order, on which thread. The result does not depend on the
 // number of threads: every output value is summed by one thread, in the order of the experts.
 #include <algorithm>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -34,7 +35,7 @@ struct Scratch {
 };
 
 Scratch& scratch() {
-  static thread_local Scratch* own = new Scratch;
+  static thread_local std::unique_ptr<Scratch> own(new Scratch);
   return *own;
 }
 
