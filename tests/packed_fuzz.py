@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,24 +37,25 @@ class Call:
     wrong: bool = False
 
 
-def scheme(draw: random.Random, columns: int) -> Scheme:
-    bits = draw.choice((1, 2, 3, 4, 8, 16))
+def scheme(draw: random.Random, columns: int, plain: bool = False) -> Scheme:
+    """plain: what the backends of devices take."""
+    bits = draw.choice((1, 2, 3, 4, 8) if plain else (1, 2, 3, 4, 8, 16))
     if bits == 16:
         return Scheme(16)
     zero: Any = draw.choice(("none", "int", "float"))
-    group = draw.choice([-1, *(size for size in (8, 16, 32, 64) if columns % size == 0)])
-    rounding: Any = draw.choice(("none", "none", "int4", "int8"))
+    group = draw.choice([-1, *(size for size in ((32, 64) if plain else (8, 16, 32, 64)) if columns % size == 0)])
+    rounding: Any = "none" if plain else draw.choice(("none", "none", "int4", "int8"))
     clip = draw.choice((1.0, 0.8)) if rounding != "none" else 1.0
     binary = bits == 1 and draw.random() < 0.5
     zero = "none" if binary else zero
     return Scheme(bits, group, zero == "none", zero, binary, rounding, clip)
 
 
-def layer(seed: int) -> layers.Packed:
+def layer(seed: int, plain: bool = False) -> layers.Packed:
     """Experts of mixed schemes; sometimes several share a record."""
     draw = random.Random(seed)
-    hidden, width = draw.choice((16, 41, 64, 96, 160)), draw.choice((8, 20, 33, 64))
-    pairs = [(scheme(draw, hidden), scheme(draw, width)) for _ in range(draw.randint(1, 5))]
+    hidden, width = draw.choice((16, 40 if plain else 41, 64, 96, 160)), draw.choice((8, 24 if plain else 33, 64))
+    pairs = [(scheme(draw, hidden, plain), scheme(draw, width, plain)) for _ in range(draw.randint(1, 5))]
     pairs += [pair for pair in pairs if draw.random() < 0.3]  # a record layout with more than one row
     dtype = draw.choice((torch.bfloat16, torch.float16, torch.float32))
     made = layers.experts(pairs, hidden, width, draw.choice(ACTIVATIONS), dtype, draw.random() < 0.4, seed)
@@ -107,3 +109,10 @@ def placed(draw: random.Random, value: Tensor) -> Tensor:
         memory[1:] = value.contiguous().view(-1).view(torch.uint8)
         return torch.frombuffer(memory.numpy(), dtype=value.dtype, offset=1).view(value.shape)
     return value
+
+
+def split(found: Tensor, bad: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(rows that must be finite, rows that must not)."""
+    mask = torch.zeros(len(found), dtype=torch.bool)
+    mask[list(bad)] = True
+    return found[~mask], found[mask]

@@ -8,7 +8,6 @@ import packed_fuzz as fuzz
 import packed_layers as layers
 import pytest
 import torch
-from torch import Tensor
 
 from moecompress import ops
 from moecompress.types import QuantizedTensor
@@ -27,13 +26,6 @@ def limit(packed: layers.Packed, dtype: torch.dtype) -> float:
     return SUMMED_AGAIN if rounds else LIMIT[dtype]
 
 
-def split(found: Tensor, bad: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(rows that must be finite, rows that must not)."""
-    mask = torch.zeros(len(found), dtype=torch.bool)
-    mask[list(bad)] = True
-    return found[~mask], found[mask]
-
-
 @pytest.mark.parametrize("piece", range(PIECES))
 def test_any_experts_and_arguments(piece: int) -> None:
     for seed in range(piece, SEEDS, PIECES):
@@ -48,7 +40,7 @@ def test_any_experts_and_arguments(piece: int) -> None:
             continue
         found, wanted = ops.moe_mlp(*inputs, mine, "cpu", text), ops.moe_mlp(*inputs, plain, "torch", text)
         assert found.shape == wanted.shape and found.dtype == wanted.dtype and found.is_contiguous()
-        (finite, bad), (expected, spoilt) = split(found, call.bad), split(wanted, call.bad)
+        (finite, bad), (expected, spoilt) = fuzz.split(found, call.bad), fuzz.split(wanted, call.bad)
         assert not bool(torch.isfinite(bad).any()) and not bool(torch.isfinite(spoilt).any()), seed
         assert layers.error(finite, expected) <= limit(packed, call.hidden.dtype), seed
         assert torch.equal(ops.moe_mlp(*inputs, mine, "cpu", text).nan_to_num(), found.nan_to_num()), seed
