@@ -30,6 +30,7 @@ class Packed(nn.Module):
     handle: list[Tensor]
     layer: Layer | None
     text: str  # of the layer, which is how operators take it
+    takes: tuple[torch.dtype, ...] = ops.DTYPES  # what inputs the chosen backend takes: kept where graphs can read it
 
     def start_packed(self, dtype: torch.dtype) -> None:
         """dtype: of the model, which inputs are expected to have."""
@@ -66,7 +67,7 @@ class Packed(nn.Module):
             self.choice = Choice(TORCH, tuple((name, described) for name in ops.ORDER))
             return self.choice
         self.choice, self.layer = ops.choose(described, records[0].device, self.expected), described
-        self.text = described.text
+        self.text, self.takes = described.text, ops.backend(self.choice.backend).DTYPES
         if self.choice.backend != TORCH:
             values = [records[k].data for k in kept]
             slots = self.slots().data
@@ -92,7 +93,7 @@ class Packed(nn.Module):
             for index, (k, row) in enumerate(self.slots().tolist()):
                 if self.layouts[k].row_bytes:
                     getattr(self, f"rec{k}").data[row] = self.record(index)
-        self.choice, self.handle, self.layer, self.text = None, [], None, ""
+        self.choice, self.handle, self.layer, self.text, self.takes = None, [], None, "", ops.DTYPES
 
     def record(self, index: int) -> Tensor:
         """One record, uint8 [R], whoever holds it."""
@@ -114,7 +115,7 @@ class Packed(nn.Module):
             return False
         if torch.is_grad_enabled() and any(value.requires_grad for value in (inputs, *others)):
             return False
-        if self.choice is not None and ops.untaken(self.choice.backend, inputs.dtype):
+        if self.choice is not None and inputs.dtype not in self.takes:
             self.restore()
         if self.choice is None:
             self.expected = inputs.dtype

@@ -53,6 +53,17 @@ def test_a_compiler_means_compiled_kernels(native: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="there is no compiler")
+def test_a_loaded_model_is_one_graph(native: Path) -> None:
+    model = moecompress.load(native)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for length in (5, 9):
+            ids = torch.arange(5, 5 + length)[None]
+            assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert all(module.choice.backend == "cpu" for module in model.modules() if isinstance(module, Packed))  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="there is no compiler")
 def test_the_report_names_who_ran_and_why_not_a_better_one(native: Path) -> None:
     """In the words of doctor."""
     said = engine.read_json(native / "moecompress" / "report.json")["backend"]
