@@ -47,6 +47,11 @@ def isas() -> list[tuple[int, str]]:
     return found
 
 
+def dense_pays() -> bool:
+    """Whether matrices without codes are worth holding: there are bf16 dot products, and no AMX, which PyTorch uses."""
+    return isas()[-1][1] == "AVX-512 BF16"
+
+
 def unfit(layer: Layer, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the weights are on {device.type}"

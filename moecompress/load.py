@@ -29,6 +29,7 @@ from moecompress.checkpoint.native_config import QUANT_METHOD, NativeConfig
 from moecompress.checkpoint.native_gate import LEAF
 from moecompress.checkpoint.native_turns import PREFIX
 from moecompress.checkpoint.reader import TensorReader
+from moecompress.dense import hold_large_linears
 from moecompress.errors import CheckpointError, RecipeError, UnsupportedModel, message
 from moecompress.experts import PackedExperts, PackedLinear
 from moecompress.packed import Packed
@@ -172,6 +173,7 @@ class MoecompressQuantizer(HfQuantizer):
         if self.quantization_config.dequantize:
             self._dequantize(model, model.config.dtype)
             return
+        hold_large_linears(model)
         for module in model.modules():
             if isinstance(module, Packed) and not any(record.is_meta for record in module.parameters()):
                 module.prepare()

@@ -95,6 +95,11 @@ def unavailable(name: str) -> str | None:
         return f"not part of this installation ({error.name} is missing)"
 
 
+def holds_dense() -> bool:
+    """Whether the CPU backend is the better one for matrices without codes on this machine, too."""
+    return bool(import_module("moecompress_kernels.cpu").dense_pays())
+
+
 def backend(name: str) -> Backend:
     """A backend by name. Raises ValueError for a name that is not in ORDER and not `torch`."""
     if name == TORCH:

@@ -55,12 +55,31 @@ class Packed(nn.Module):
         """Those that the backend is to add. Here: none, a Linear adds its own."""
         return []
 
+    def records(self) -> list[Tensor]:
+        """uint8 [n_k, R_k] of each layout, no backend holding them."""
+        return [getattr(self, f"rec{k}").data for k in range(len(self.layouts))]
+
+    def drop_records(self) -> None:
+        """Leave the parameters empty: a backend holds what they held."""
+        for k in range(len(self.layouts)):
+            parameter = getattr(self, f"rec{k}")
+            parameter.data = parameter.new_empty(parameter.shape[0], 0)
+
+    def take_records(self) -> None:
+        """Fill the parameters with what the backend gives back."""
+        counts = [getattr(self, f"rec{k}").shape[0] for k in range(len(self.layouts))]
+        for k, (count, layout) in enumerate(zip(counts, self.layouts, strict=True)):
+            getattr(self, f"rec{k}").data = self.handle[0].new_empty(count, layout.row_bytes, dtype=torch.uint8)
+        for index, (k, row) in enumerate(self.slots().tolist()):
+            if self.layouts[k].row_bytes:
+                getattr(self, f"rec{k}").data[row] = self.record(index)
+
     @torch.no_grad()
     def prepare(self) -> Choice:
         """Choose a backend for inputs of the expected dtype and give it the records. Once; again after `restore`."""
         if self.choice is not None:
             return self.choice
-        records = [getattr(self, f"rec{k}") for k in range(len(self.layouts))]
+        records = self.records()
         described = self.described()
         kept = self.filled()
         if isinstance(described, str):
@@ -69,7 +88,7 @@ class Packed(nn.Module):
         self.choice, self.layer = ops.choose(described, records[0].device, self.expected), described
         self.text, self.takes = described.text, ops.backend(self.choice.backend).DTYPES
         if self.choice.backend != TORCH:
-            values = [records[k].data for k in kept]
+            values = [records[k] for k in kept]
             slots = self.slots().data
             if len(kept) < len(records):  # experts of 0 bits get no tokens: any record stands for them
                 slots = torch.tensor(
@@ -79,20 +98,14 @@ class Packed(nn.Module):
                 )
             held = ops.backend(self.choice.backend).prepare(described, values, slots, self.biases())
             self.handle = ops.sealed(self.choice.backend, described, held)
-            for record in records:
-                record.data = record.new_empty(record.shape[0], 0)
+            self.drop_records()
         return self.choice
 
     @torch.no_grad()
     def restore(self) -> None:
         """Take the records back from the backend."""
         if self.handle:
-            counts = [getattr(self, f"rec{k}").shape[0] for k in range(len(self.layouts))]
-            for k, (count, layout) in enumerate(zip(counts, self.layouts, strict=True)):
-                getattr(self, f"rec{k}").data = self.handle[0].new_empty(count, layout.row_bytes, dtype=torch.uint8)
-            for index, (k, row) in enumerate(self.slots().tolist()):
-                if self.layouts[k].row_bytes:
-                    getattr(self, f"rec{k}").data[row] = self.record(index)
+            self.take_records()
         self.choice, self.handle, self.layer, self.text, self.takes = None, [], None, "", ops.DTYPES
 
     def record(self, index: int) -> Tensor:

@@ -24,6 +24,7 @@ from torch import nn
 
 from moecompress.arch.sites import is_experts
 from moecompress.checkpoint.native import LINEAR, RecordLayout, plan_record
+from moecompress.dense import hold_large_linears
 from moecompress.experts import PackedExperts, PackedLinear
 from moecompress.packed import Packed, backend_name
 from moecompress.types import Scheme
@@ -94,6 +95,8 @@ def make(layers: int, bits: int | None) -> nn.Module:
             owner = model.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    if bits is not None:
+        hold_large_linears(model)  # as loading does
     return model
 
 
