@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "gate", "memory", "progress", "sizes", "types"),
     ("checkpoint", "numerics", "stats"),
     ("arch", "arguments", "ops"),
-    ("packed", "packed_router", "dispatch", "experts", "stream", "calib", "load"),
+    ("packed", "dense", "packed_router", "dispatch", "experts", "stream", "calib", "load"),
     ("passes",),
     (
         "recipe",
