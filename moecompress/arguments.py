@@ -65,9 +65,10 @@ def _require_inputs(where: str, inputs: Sequence[Tensor], handle: Sequence[Tenso
         raise ValueError(message(where, str(first.dtype), ", ".join(map(str, DTYPES))))
     if first.dim() < 1 or first.shape[-1] != layer.columns:
         raise ValueError(message(where, f"shape {list(first.shape)}", f"[..., {layer.columns}]"))
-    for part in (*inputs, *handle):
-        if part.device != first.device or part.layout != torch.strided:
-            found = f"{part.layout} on {part.device} with inputs on {first.device}"
+    device = first.device
+    for part in (*inputs, *handle[-1:]):  # the last one was made beside the others
+        if part.device != device or part.layout is not torch.strided:
+            found = f"{part.layout} on {part.device} with inputs on {device}"
             raise ValueError(message(where, found, "strided tensors on one device"))
     if torch.is_grad_enabled() and any(part.requires_grad for part in inputs):
         raise ValueError(message(where, "gradients are asked for, packed weights give none", "torch.no_grad()"))
