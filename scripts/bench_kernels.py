@@ -5,7 +5,7 @@
 
 Weights are random, and each repetition uses other experts, so that weights come from memory and not from a cache.
 `gbs` counts the bytes of the experts that were used (codes and scales), once; `fraction_of_bandwidth` compares it with
-a plain read of memory, measured in the same run. Bit widths and peers take turns, so that other work on the machine
+a plain read of memory, median with median. Bit widths, reads and peers take turns, so that other work on the machine
 meets them alike. A peer that is not installed is named in `skipped`. `ms` and what peers took are medians; `min_ms` is
 the best repetition.
 """
@@ -101,25 +101,18 @@ def in_turn(runs: list[Run], seconds: float) -> list[tuple[float, float]]:
     return [(statistics.median(own), min(own)) for own in times]
 
 
-def read_bandwidth(seconds: float) -> float:
-    """GB/s of a plain read of 512 MiB, the best of several, in large pages as the kernels' weights."""
+def large_memory() -> Tensor:
+    """512 MiB in large pages, as the kernels' weights are: what reading it takes is what memory gives."""
     memory = torch.empty(1 << 29, dtype=torch.uint8)
     cpu.prefer_huge_pages(memory)
-    memory.fill_(1)
-    began, best = time.perf_counter(), float("inf")
-    while time.perf_counter() - began < seconds:
-        best = min(best, cpu.read_seconds(memory))
-    return memory.nbytes / best / 1e9
+    return memory.fill_(1)
 
 
 def bench_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = 0.3 if arguments.quick else 1.5
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    bandwidth: dict[int, float] = {}
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        bandwidth[threads] = read_bandwidth(seconds)
+    memory = large_memory()
     for shape in arguments.shapes:
         layers = [Layer(shape, bits, torch.device("cpu"), arguments.activation) for bits in arguments.bits]
         peers = {} if arguments.no_peers else _peers(shape, skipped)
@@ -129,12 +122,11 @@ def bench_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
                 peer.threads(threads)
             for tokens in arguments.tokens:
                 compared = peers if tokens in arguments.peer_tokens else {}
-                rows += _rows(layers, compared, threads, tokens, seconds, bandwidth[threads])
+                rows += _rows(layers, compared, threads, tokens, seconds, memory)
     rows.sort(key=lambda row: (list(SHAPES).index(row["key"]), -row["bits"], row["threads"], row["M"]))
     return {
         "device": processor(),
         "backend": ops.backend("cpu").describe(),
-        "bandwidth_gbs": bandwidth,
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "skipped": skipped,
@@ -143,9 +135,9 @@ def bench_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rows(
-    layers: list[Layer], peers: dict[str, Peer], threads: int, tokens: int, seconds: float, bandwidth: float
+    layers: list[Layer], peers: dict[str, Peer], threads: int, tokens: int, seconds: float, memory: Tensor
 ) -> list[dict[str, Any]]:
-    """One row for each layer, of measurements that took turns with each other and with the peers."""
+    """One row for each layer, of measurements that took turns with each other, the peers and plain reads of memory."""
     inputs = [
         [layer.routing(tokens, turn, torch.device("cpu")) for turn in range(layer.experts if tokens == 1 else 4)]
         for layer in layers
@@ -155,7 +147,8 @@ def _rows(
         runs.append(
             (peer.run, [peer.routing(tokens, turn) for turn in range(peer.sizes.experts if tokens == 1 else 2)])
         )
-    times = in_turn(runs, seconds)
+    *times, (read, _) = in_turn([*runs, (cpu.read_seconds, [memory])], seconds)
+    bandwidth = memory.nbytes / read / 1e6
     medians = dict(zip(peers, (median for median, _ in times[len(layers) :]), strict=True))
     rows = []
     for layer, own, (median, least) in zip(layers, inputs, times, strict=False):
@@ -172,6 +165,7 @@ def _rows(
                 "ms": median,
                 "min_ms": least,
                 "gbs": gbs,
+                "read_gbs": bandwidth,
                 "fraction_of_bandwidth": gbs / bandwidth,
                 "gflops": 6e-6 * tokens * layer.per_token * layer.hidden * layer.width / median,
                 "backend": layer.choice.backend,
@@ -203,7 +197,7 @@ def processor() -> str:
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     names = list(dict.fromkeys(name for row in result["rows"] for name in row["peers"]))
-    head = ["layer", "bits", "threads", "tokens", "ms (min)", "GB/s", "of read bandwidth", "GFLOP/s"]
+    head = ["layer", "bits", "threads", "tokens", "ms (min)", "GB/s", "of a plain read", "GFLOP/s"]
     lines = ["| " + " | ".join([*head, *(f"x {name}" for name in names)]) + " |"]
     lines.append("|" + "---|" * (len(head) + len(names)))
     for row in result["rows"]:
@@ -253,7 +247,6 @@ def main() -> int:
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
     print(f"{result['device']}; {result['backend']}; torch {result['torch']}; load {result['load']:.1f}")
-    print(", ".join(f"{t} threads read {gbs:.1f} GB/s" for t, gbs in result["bandwidth_gbs"].items()))
     print(table(result))
     for name, reason in result["skipped"].items():
         print(f"skipped {name}: {reason}")
