@@ -155,10 +155,14 @@ std::vector<int64_t> forms_in_use(const McLayer& layer, const std::vector<int64_
   return used;
 }
 
+// How many pieces of work there are for each thread: few tokens are bound by memory, which likes long runs, many by
+// arithmetic, where a thread that is done early can take more.
+int64_t share(int64_t tokens) { return tokens <= 4 ? 4 : 8; }
+
 // In how many pieces the panels of second matrices are shared out.
 int64_t second_pieces(const McLayer& layer, int64_t tokens, int threads) {
   int64_t panels = (layer.hidden + PANEL - 1) / PANEL;
-  return std::min<int64_t>(panels, threads > 1 ? threads * 8 : std::max<int64_t>(1, tokens / 32));
+  return std::min<int64_t>(panels, threads > 1 ? threads * share(tokens) : std::max<int64_t>(1, tokens / 32));
 }
 
 // Where piece `piece` of the second matrices begins, or null after the last.
@@ -176,7 +180,7 @@ void first_matrices(const McLayer& layer, const uint8_t* blob, const Isa& isa, c
     return routing.start[a + 1] - routing.start[a] > routing.start[b + 1] - routing.start[b];
   });
   int64_t panels = matrices_of(&layer)[0].panels;
-  int64_t pieces = std::min<int64_t>(panels, (threads * 16 - 1) / int64_t(heavy.size()) + 1);
+  int64_t pieces = std::min<int64_t>(panels, (2 * threads * share(tokens) - 1) / int64_t(heavy.size()) + 1);
   int64_t width = layer.gated ? BLOCK : PANEL, tasks = int64_t(heavy.size()) * pieces;
   auto matrix = [&](int64_t task) -> const McMatrix& {
     return matrices_of(&layer)[heavy[task / pieces] * layer.matrices];
