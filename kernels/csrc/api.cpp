@@ -142,6 +142,7 @@ MC_EXPORT int mc_threads(int wanted) { return pool_threads(wanted); }
 // Expert i from records[i] (a row of the native format) into the blob; null: it shares the bytes of another expert.
 MC_EXPORT int mc_pack(const int64_t* table, const uint8_t* const* records, uint8_t* blob, int threads) {
   return guarded([&] {
+    constexpr int64_t PARTS = 8;  // of a matrix: a Linear has only one
     struct Context {
       const McLayer& layer;
       const uint8_t* const* records;
@@ -149,10 +150,13 @@ MC_EXPORT int mc_pack(const int64_t* table, const uint8_t* const* records, uint8
     } context = {layer_of(table), records, blob};
     auto task = [](void* with, int64_t i) {
       auto& c = *static_cast<Context*>(with);
-      const uint8_t* record = c.records[i / c.layer.matrices];
-      if (record) layout_pack(matrices_of(&c.layer)[i], record, c.blob);
+      const McMatrix& m = matrices_of(&c.layer)[i / PARTS];
+      const uint8_t* record = c.records[i / PARTS / c.layer.matrices];
+      int64_t part = i % PARTS;
+      for (int64_t panel = m.panels * part / PARTS; record && panel < m.panels * (part + 1) / PARTS; ++panel)
+        layout_pack(m, record, c.blob, panel);
     };
-    pool_run(pool_threads(threads), context.layer.experts * context.layer.matrices, task, &context);
+    pool_run(pool_threads(threads), context.layer.experts * context.layer.matrices * PARTS, task, &context);
     return int(MC_OK);
   });
 }
@@ -161,8 +165,10 @@ MC_EXPORT int mc_unpack(const int64_t* table, const uint8_t* blob, int64_t exper
   return guarded([&] {
     const McLayer& layer = layer_of(table);
     if (expert < 0 || expert >= layer.experts) return int(MC_BAD_ID);
-    for (int64_t i = 0; i < layer.matrices; ++i)
-      layout_unpack(matrices_of(&layer)[expert * layer.matrices + i], blob, record);
+    for (int64_t i = 0; i < layer.matrices; ++i) {
+      const McMatrix& m = matrices_of(&layer)[expert * layer.matrices + i];
+      for (int64_t panel = 0; panel < m.panels; ++panel) layout_unpack(m, blob, record, panel);
+    }
     return int(MC_OK);
   });
 }

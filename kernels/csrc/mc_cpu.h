@@ -138,6 +138,6 @@ int pool_threads(int wanted);                                          // wanted
 void pool_run(int threads, int64_t tasks, Task task, void* context);   // returns when all tasks are done
 void pool_use_openmp(void* gomp_parallel);                             // its threads instead of our own; null: own
 // layout.cpp
-void layout_pack(const McMatrix& m, const uint8_t* record, uint8_t* blob);
-void layout_unpack(const McMatrix& m, const uint8_t* blob, uint8_t* record);
+void layout_pack(const McMatrix& m, const uint8_t* record, uint8_t* blob, int64_t panel);
+void layout_unpack(const McMatrix& m, const uint8_t* blob, uint8_t* record, int64_t panel);
 int64_t source_row(const McMatrix& m, int64_t panel, int64_t row);     // -1: padding
