@@ -281,9 +281,7 @@ class PackedLinear(Packed):
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.compiled(inputs):
             return F.linear(rounded_as(self.scheme, inputs), self.dense(inputs.dtype), self.bias)
-        assert self.choice is not None
-        out = ops.packed_linear(inputs, self.handle, self.choice.backend, self.text)
-        return out if self.bias is None else out + self.bias
+        return self.product(inputs, self.bias)
 
     def __repr__(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

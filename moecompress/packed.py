@@ -135,6 +135,12 @@ class Packed(nn.Module):
             self.prepare()
         return bool(self.handle)
 
+    def product(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """Of a Linear, [..., in] -> [..., out], by the backend that `compiled` has found."""
+        assert self.choice is not None
+        out = ops.packed_linear(inputs, self.handle, self.choice.backend, self.text)
+        return out if bias is None else out + bias
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = torch.empty(0, dtype=self.expected, device=self.handle[0].device if self.handle else None)
         after = fn(before)

@@ -58,19 +58,12 @@ void blocked(const PanelCall& call, int64_t first, const uint8_t* w, int64_t col
   F32<V>::Grid(call, g).close(call, first, dots);
 }
 
-void blocked_any(const PanelCall& call, int64_t i, int64_t n, const uint8_t* w, int64_t at, int64_t columns, int64_t g) {
-  switch (n) {
-    case 1: return blocked<1>(call, i, w, at, columns, g);
-    case 2: return blocked<2>(call, i, w, at, columns, g);
-    case 3: return blocked<3>(call, i, w, at, columns, g);
-    case 4: return blocked<4>(call, i, w, at, columns, g);
-    case 5: return blocked<5>(call, i, w, at, columns, g);
-    case 6: return blocked<6>(call, i, w, at, columns, g);
-    case 7: return blocked<7>(call, i, w, at, columns, g);
-    case 8: return blocked<8>(call, i, w, at, columns, g);
-    case 9: return blocked<9>(call, i, w, at, columns, g);
-    default: return blocked<10>(call, i, w, at, columns, g);
-  }
+// n rows, at most N.
+template <int N>
+void some(const PanelCall& call, int64_t i, int64_t n, const uint8_t* w, int64_t at, int64_t columns, int64_t g) {
+  if constexpr (N > 1)
+    if (n < N) return some<N - 1>(call, i, n, w, at, columns, g);
+  blocked<N>(call, i, w, at, columns, g);
 }
 
 // Many rows: as in panel_f32.h, with pairs.
@@ -99,7 +92,7 @@ void expanded(const PanelCall& call) {
       int64_t blocks = (call.n + N - 1) / N;  // of equal sizes: a small rest would run at a fraction of the speed
       for (int64_t k = 0; k < blocks; ++k) {
         int64_t i = call.n * k / blocks;
-        blocked_any(piece, i, call.n * (k + 1) / blocks - i, w, g * m.padded + from, columns, g);
+        some<N>(piece, i, call.n * (k + 1) / blocks - i, w, g * m.padded + from, columns, g);
       }
     }
 }
